@@ -1,0 +1,190 @@
+"""Evaluate a checkpoint of run.py on known outlier sets, or score your own images.
+
+    python eval.py --ckpt runs/.../ckpt.pt --outliers svhn celeba      likelihoods, AUROC, AUPR, FPR95, figures
+    python eval.py --ckpt runs/.../ckpt.pt --score PATH --fpr 0.05     flag the outliers among your own images
+
+The first writes metrics.json, scores.csv, nll_histogram.png and mutual_information.png to --out (default: beside the
+checkpoint); the second scores.csv with a p-value for each image (default --out: score-<name> beside the checkpoint).
+"""
+
+import argparse
+
+from vae_ood.cli import Parser, add_evaluation_arguments, one_line_errors
+
+
+def parse_args():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="the ckpt.pt that run.py wrote")
+    parser.add_argument("--out", metavar="DIR", help="where to write (default: beside the checkpoint)")
+    group = parser.add_argument_group("own images")
+    group.add_argument("--score", metavar="PATH", help="a folder of pictures, a .npy or a .npz to score")
+    group.add_argument("--fpr", type=float, default=0.05, help="false-alarm rate at which to flag (default 0.05)")
+    group.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be decoded")
+    add_evaluation_arguments(parser)
+    args = parser.parse_args()
+    if not 0 < args.fpr < 1:
+        parser.error(f"--fpr is {args.fpr}: it must lie between 0 and 1")
+    return args
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        ARGS = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from vae_ood import UserError, checkpoint, plots
+from vae_ood.cli import Progress, make_folder, pick_device
+from vae_ood.data import load
+from vae_ood.likelihood import bits_per_dim, evaluate
+from vae_ood.metrics import conformal_p_values, detection, latent_spectrum
+from vae_ood.scores import SCORES
+
+PAIRS = {"sprites": ["two_blobs", "discs", "cut_out", "noise", "constant"], "fashionmnist": ["mnist"],
+         "mnist": ["fashionmnist"], "cifar10": ["svhn", "celeba"], "svhn": ["cifar10"], "celeba": ["cifar10", "svhn"]}
+TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
+
+
+def check_scores(names):
+    """UserError unless every name is a score."""
+    for name in names:
+        if name not in SCORES:
+            raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}")
+
+
+def load_data(config, split, args, data=None):
+    """A split of the inliers, or of `data` converted to their shape, as the flags ask."""
+    images = load(data or config["data"], split, args.data_root, data and config["shape"], config["sprite_factors"],
+                  config["skip_bad"] or args.skip_bad)
+    return images.first(args.max_images or (TRAIN_IMAGES if split == "train" else None))
+
+
+def load_outliers(config, args):
+    """The outlier sets by name: those of --outliers, else the paper's for the data set."""
+    names = args.outliers or PAIRS.get(config["data"], ["noise", "constant"])
+    if clash := {"train", "test"} & set(names):
+        raise UserError(f"--outliers {clash.pop()}: the inliers' own parts are evaluated anyway; name another set")
+    return {name: load_data(config, "all" if Path(name).exists() else "test", args, name) for name in names}
+
+
+def measure(model, config, images, args, label):
+    """(likelihoods, {score: [N]}) of `images`, with progress."""
+    bar = Progress(len(images.pixels), label=label)
+    likelihoods = evaluate(model, images.pixels, args.iw_samples, config["seed"], config["dequantize"], bar.update)
+    bar.close()
+    return likelihoods, {name: SCORES[name](model, images, likelihoods) for name in args.scores}
+
+
+def write_csv(path, header, rows):
+    """Write a table with its floats in full precision, atomically."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    checkpoint.write_atomic(path, text.getvalue().encode())
+
+
+def evaluate_outliers(model, config, sets, args, out):
+    """Evaluate `sets` ({'train', 'test', outliers...: Images}), print the tables and write the files to `out`."""
+    d = math.prod(config["shape"])
+    for name, images in sets.items():
+        for note in images.notes:
+            print(f"{name}: {note}")
+    measured = {name: measure(model, config, images, args, name) for name, images in sets.items()}
+    kl, active, cut, ratio = latent_spectrum(measured["train"][0]["kl_per_dim"])
+    metrics = {"config": config, "gamma": model.log_gamma.exp().item(), "active_dims": active, "kappa": config["kappa"],
+               "iw_samples": args.iw_samples, "kl_per_dim": kl.tolist(), "spectrum_cut": cut, "spectrum_ratio": ratio,
+               "sets": {}, "scores": {}}
+    print(f"\n{'set':<14}{'images':>8}{'bpd':>9}{'bpd_iw':>9}{'nll':>11}{'nll_iw':>11}{'mse':>10}{'kl':>9}"
+          f"     bpd: bits per dimension, nll and kl: nats, iw: K = {args.iw_samples}")
+    for name, (likelihoods, _) in measured.items():
+        nll, iw, mse, kl_mean = (float(likelihoods[key].mean()) for key in ("nll", "iw_nll", "mse", "kl"))
+        row = {"n": len(likelihoods["nll"]), "bpd": bits_per_dim(nll, d), "bpd_iw": bits_per_dim(iw, d), "nll": nll,
+               "nll_iw": iw, "mse": mse, "kl": kl_mean, "notes": sets[name].notes}
+        metrics["sets"][name] = row
+        print(f"{name:<14}{row['n']:>8,}{row['bpd']:>9.3f}{row['bpd_iw']:>9.3f}{nll:>11.1f}{iw:>11.1f}{mse:>10.6f}"
+              f"{kl_mean:>9.2f}")
+    print(f"\n{'score':<14}{'outliers':<14}{'AUROC [95% interval]':<26}{'AUPR':>7}{'FPR95':>8}"
+          "     outliers are the positive class; a larger score is more outlying")
+    outliers = [name for name in sets if name not in ("train", "test")]
+    for name in args.scores:
+        inlier_scores = measured["test"][1][name]
+        metrics["scores"][name] = {}
+        for outlier in outliers:
+            row = metrics["scores"][name][outlier] = detection(inlier_scores, measured[outlier][1][name])
+            low, high = row["auroc_ci95"]
+            print(f"{name:<14}{outlier:<14}{row['auroc']:.4f} [{low:.4f}, {high:.4f}]{'':<3}{row['aupr']:>7.4f}"
+                  f"{row['fpr95']:>8.4f}")
+    if config["data"] == "sprites":
+        print(f"\n{cut} of {config['kappa']} latent dimensions carry the data; the family has "
+              f"{config['sprite_factors']} (largest drop of the mean KL: {ratio:.1f}-fold)")
+    else:
+        print(f"\n{active} of {config['kappa']} latent dimensions are active (mean KL above 0.05 nats); gamma = "
+              f"{metrics['gamma']:.3g}")
+
+    checkpoint.write_atomic(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    write_csv(out / "scores.csv", ["set", "index", *args.scores],
+              ([name, i, *row] for name, (_, scores) in measured.items()
+               for i, row in enumerate(zip(*(scores[s].tolist() for s in args.scores), strict=True))))
+    if plots.available():
+        title = f"{Path(config['data']).name}, alpha = {config['alpha']:g}, kappa = {config['kappa']}"
+        bpd = {name: bits_per_dim(likelihoods["nll"], d) for name, (likelihoods, _) in measured.items()}
+        plots.nll_histogram(out / "nll_histogram.png", bpd, title)
+        plots.mutual_information(out / "mutual_information.png", kl, title)
+    else:
+        print("no figures: pip install matplotlib")
+    print(f"written to {out}")
+
+
+def score_images(model, config, args, out):
+    """Flag the outliers among the images of --score at the false-alarm rate --fpr, by conformal p-values of the first
+    score, calibrated on the inlier test images."""
+    own = load_data(config, "all", args, args.score)
+    test = load_data(config, "test", args)
+    if args.fpr < 1 / (len(test.pixels) + 1):
+        raise UserError(f"--fpr {args.fpr:g} cannot be resolved with {len(test.pixels)} calibration images: the "
+                        f"smallest p-value is {1 / (len(test.pixels) + 1):.2g}")
+    for note in own.notes:
+        print(f"{own.name}: {note}")
+    if Path(args.score).resolve() == Path(config["data"]):
+        print("note: the model was trained on these images; the false-alarm rate holds for new ones only")
+    _, calibration = measure(model, config, test, args, "calibration")
+    _, scores = measure(model, config, own, args, "score")
+    p = conformal_p_values(calibration[args.scores[0]], scores[args.scores[0]])
+    flagged = p <= args.fpr
+    names = own.files or range(len(p))
+    write_csv(out / "scores.csv", ["file" if own.files else "index", *args.scores, "p_value", "outlier"],
+              zip(names, *(scores[s].tolist() for s in args.scores), p.tolist(), flagged.astype(int).tolist(),
+                  strict=True))
+    print(f"\n{'image':<40}{args.scores[0]:>12} (nats){'p-value':>10}")
+    order = np.argsort(p, kind="stable")
+    for i in order[:10]:
+        print(f"{str(names[i])[-39:]:<40}{scores[args.scores[0]][i]:>12.1f}{'':7}{p[i]:>10.4f}"
+              f"{'  outlier' if flagged[i] else ''}")
+    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {args.fpr:g}: of images like the training data, "
+          f"{args.fpr:.1%} would be (calibrated on {len(test.pixels):,} of them)\nwritten to {out / 'scores.csv'}")
+
+
+def main(args):
+    check_scores(args.scores)
+    device = pick_device(args.device)
+    model, config = checkpoint.load_model(args.ckpt, device)
+    folder = Path(args.ckpt).parent
+    out = Path(args.out or (folder / f"score-{Path(args.score).stem}" if args.score else folder))
+    make_folder(out)
+    if args.score:
+        score_images(model, config, args, out)
+    else:
+        evaluate_outliers(model, config, {"train": load_data(config, "train", args), "test": load_data(config, "test", args)}
+                          | load_outliers(config, args), args, out)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(ARGS)

@@ -1,0 +1,309 @@
+"""Train a VAE, then evaluate it as an outlier detector.
+
+    python run.py                                                      the embedded sprites, a minute or two on a CPU
+    python run.py --data fashionmnist --recipe fast --data-root DIR    real images, some twenty minutes on two cores
+    python run.py --data cifar10 --alpha 4 --kappa 32                  the paper's protocol, for a GPU
+    python run.py --data my_photos/ --recipe fast --out runs/mine      your own images (a folder, .npy or .npz)
+
+Writes config.json, log.jsonl, ckpt.pt and what eval.py writes to --out. The same command with --resume goes on where
+it stopped and ends in the same parameters, bit for bit.
+"""
+
+import argparse
+
+from vae_ood.cli import Parser, add_evaluation_arguments, one_line_errors, positive_float, positive_int
+
+RECIPES = {  # the paper's section 4; and ours, tuned on training and inlier test bits per dimension alone
+    "paper": {"gamma": "learn", "lr": 1e-4, "schedule": "constant", "iters": 200_000},
+    "fast": {"gamma": "homotopy", "lr": 1e-3, "schedule": "cosine", "iters": 3000},
+}
+
+
+def parse_args():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="sprites", metavar="NAME|PATH", help="sprites (default), fashionmnist, mnist, "
+                       "cifar10, svhn, celeba, or a folder of pictures, a .npy or a .npz")
+    group.add_argument("--sprite-factors", type=int, default=4, choices=range(2, 6), metavar="R",
+                       help="intrinsic dimension of the sprites, 2 to 5 (default 4)")
+    group.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be decoded")
+    group.add_argument("--dequantize", action="store_true", help="train and evaluate on (pixel + U[0, 1)) / 256")
+    group = parser.add_argument_group("model")
+    group.add_argument("--alpha", type=positive_float, help="multiplies the channels 64, 128, 256 (default 1; sprites "
+                       "0.25)")
+    group.add_argument("--kappa", type=positive_int, help="latent dimensions (default 32; sprites 4R)")
+    group.add_argument("--gamma", metavar="learn|optimal|homotopy|FLOAT", help="the decoder's variance: a trained "
+                       "parameter, in closed form, in closed form along a path from 1 down to e^-7, or fixed")
+    group = parser.add_argument_group("training")
+    group.add_argument("--recipe", choices=RECIPES, help="sets gamma, lr, its schedule and iters; those flags override "
+                       "it (default: fast for sprites, paper otherwise)")
+    group.add_argument("--iters", type=positive_int, help="training steps")
+    group.add_argument("--batch-size", type=positive_int, default=64, help="images a step (default 64)")
+    group.add_argument("--lr", type=positive_float, help="Adam's (peak) learning rate")
+    group.add_argument("--seed", type=int, default=0, help="of initialisation, batches and noise (default 0)")
+    group.add_argument("--out", metavar="DIR", help="default runs/<data>_a<alpha>_k<kappa>_s<seed>")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    group.add_argument("--checkpoint-seconds", type=float, default=60, metavar="S", help="between two checkpoints "
+                       "(default 60)")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: where "
+                       "a compiler is found)")
+    group.add_argument("--amp", action="store_true", help="train under bfloat16 autocast")
+    group.add_argument("--no-eval", action="store_true", help="train only")
+    add_evaluation_arguments(parser)
+    args = parser.parse_args()
+
+    args.recipe = args.recipe or ("fast" if args.data == "sprites" else "paper")
+    sprites = {"alpha": 0.25, "kappa": 4 * args.sprite_factors} if args.data == "sprites" else {}
+    for name, value in (RECIPES[args.recipe] | {"alpha": 1.0, "kappa": 32} | sprites).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.gamma not in ("learn", "optimal", "homotopy"):
+        try:
+            args.gamma = positive_float(args.gamma)
+        except (ValueError, argparse.ArgumentTypeError):
+            parser.error(f"--gamma {args.gamma}: give learn, optimal, homotopy or a variance above 0")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed {args.seed}: give a whole number from 0 to 2^32 - 1")
+    return args
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        ARGS = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
+
+import json
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import eval as evaluation
+from vae_ood import UserError, checkpoint
+from vae_ood.cli import Progress, duration, make_folder, pick_device
+from vae_ood.data import DATASETS, SHUFFLE, TRAINING, generator, load, to_unit
+from vae_ood.likelihood import bits_per_dim, evaluate, gaussian_nll, kl_per_dim
+from vae_ood.metrics import ACTIVE_NATS
+from vae_ood.model import VAE
+
+CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", "gamma", "schedule", "iters",
+          "batch_size", "lr", "seed", "amp")  # what determines the result; a resumed run must agree in all of it
+LOG_EVERY = 50  # steps
+GAMMA_IMAGES = 10_000  # training images whose MSE is the gamma of a finished `optimal` or `homotopy` run
+HOMOTOPY_END, HOMOTOPY_SHARE = math.exp(-7), 0.7
+
+
+def batch_indices(seed, step, batch_size, n):
+    """The images of a step: positions step*B ... step*B + B - 1 of an endless sequence of shuffled epochs."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // n
+    out = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+        if epoch not in batch_indices.cache:
+            batch_indices.cache = {epoch: generator(seed, SHUFFLE, int(epoch)).permutation(n)}
+        out[epochs == epoch] = batch_indices.cache[epoch][positions[epochs == epoch] % n]
+    return out
+
+
+batch_indices.cache = {}
+
+
+def learning_rate(step, args):
+    """Constant; or a linear warm-up over 2% of the steps, then a cosine to 0."""
+    if args.schedule == "constant":
+        return args.lr
+    warm_up = max(1, args.iters // 50)
+    return args.lr * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / args.iters))
+
+
+def gamma_floor(step, args):
+    """Homotopy: gamma = max(MSE of the batch, floor), the floor falling log-linearly from 1 to e^-7 over 70% of the
+    steps and staying there; `optimal` is the same without a floor."""
+    return HOMOTOPY_END ** min(1, step / (HOMOTOPY_SHARE * args.iters)) if args.gamma == "homotopy" else 0.0
+
+
+def loss_terms(model, x, eps, probe, floor, profiled, amp):
+    """Mean negative ELBO of a batch in nats, with what the log wants: (loss, mse, gamma, KL per dimension).
+
+    x [B, C, H, W] in [0, 1]; eps and probe [B, kappa]; the probe is zero and its gradient is dL/dz. `profiled`: gamma
+    is max(MSE, floor), a constant to the gradient: where MSE is the larger, that is the gradient of the loss with
+    gamma profiled out, d/2 log(2 pi e MSE) + KL (arXiv 2006.13202), and its value.
+    """
+    d = x[0].numel()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        mu, log_sigma = (t.float() for t in model.encode(x))
+        mean = model.decode(mu + log_sigma.exp() * eps + probe)
+    squared_error = (x - mean).square().sum((1, 2, 3))
+    mse = squared_error.mean() / d
+    gamma = torch.maximum(mse.detach(), floor) if profiled else model.log_gamma.exp()
+    kl = kl_per_dim(mu, log_sigma)
+    loss = (gaussian_nll(squared_error, d, gamma) + kl.sum(1)).mean()
+    return loss, mse.detach(), gamma.detach(), kl.detach().mean(0)
+
+
+def open_log(path, step):
+    """log.jsonl open for appending, without the lines after `step` and without a half-written last one."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            pass
+    checkpoint.write_atomic(path, b"".join(kept))
+    return path.open("a")
+
+
+def can_compile():
+    """Whether torch.compile has what it needs: on a CPU a C++ compiler."""
+    return torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+
+
+def train(args, images, out, device):
+    """Train on uint8 images [N, C, H, W] to args.iters, checkpointing to `out`; returns the model.
+
+    Raises KeyboardInterrupt after a signal, and UserError where the loss is not finite; the checkpoint is good then.
+    """
+    config = {name: getattr(args, name) for name in CONFIG} | {"shape": list(images.shape[1:])}
+    profiled = args.gamma in ("optimal", "homotopy")
+    torch.manual_seed(args.seed)
+    model = VAE(config["shape"], args.alpha, args.kappa, 1.0 if profiled or args.gamma == "learn" else args.gamma,
+                learn_gamma=args.gamma == "learn").to(device, memory_format=torch.channels_last)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
+    step, seconds_before, ckpt = 0, 0.0, out / "ckpt.pt"
+    if ckpt.exists():
+        if not args.resume:
+            raise UserError(f"{out} already holds a run: add --resume to go on with it, or give another --out")
+        state = checkpoint.load(ckpt, device)
+        for name, value in config.items():
+            if state["config"].get(name) != value:
+                raise UserError(f"{ckpt} was trained with {name} = {state['config'].get(name)}, not {value}: resume "
+                                "with the same flags, or give another --out")
+        checkpoint.restore(state, ckpt, model, optimizer)
+        step, seconds_before = state["step"], state["seconds"]
+        print(f"resuming {ckpt} at step {step:,}")
+    checkpoint.write_atomic(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+
+    images = images.to(device)
+    n, d, b = len(images), images[0].numel(), args.batch_size
+    terms = torch.compile(loss_terms) if args.compile or args.compile is None and can_compile() else loss_terms
+
+    def backward(step):
+        """Loss and gradients of a step. Its images and noise depend on (seed, step) alone: a resumed run repeats them."""
+        rng = generator(args.seed, TRAINING, step)
+        x = images[torch.from_numpy(batch_indices(args.seed, step, b, n)).to(device)]
+        eps = torch.from_numpy(rng.standard_normal((b, args.kappa), np.float32)).to(device)
+        uniform = torch.from_numpy(rng.random(tuple(x.shape), np.float32)).to(device) if args.dequantize else None
+        x = to_unit(x, uniform).contiguous(memory_format=torch.channels_last)
+        probe = torch.zeros_like(eps, requires_grad=True)
+        floor = torch.tensor(gamma_floor(step, args), device=device)
+        loss, *rest = terms(model, x, eps, probe, floor, profiled, args.amp)
+        loss.backward()
+        return loss.detach(), *rest, probe.grad
+
+    def check(losses):
+        """The losses of the steps since the last check as floats; UserError if one, or a parameter, is not finite."""
+        values = torch.stack(losses).tolist()
+        bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+        if bad or not all(p.isfinite().all() for p in trained):
+            raise UserError(f"training diverged: the loss is {values[bad[0] if bad else -1]} at step "
+                            f"{step - len(values) + 1 + (bad[0] if bad else len(values) - 1)}; try a smaller --lr"
+                            + (f" ({ckpt} keeps the last good state)" if ckpt.exists() else ""))
+
+    signals = []
+    handlers = {s: signal.signal(s, lambda number, frame: signals.append(number))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    if step < args.iters:
+        backward(step)  # a trial without an update: it compiles
+        started = time.perf_counter()
+        backward(step)[0].item()
+        expected = (time.perf_counter() - started) * (args.iters - step)
+        optimizer.zero_grad()
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n:,} training images, {args.iters - step:,} "
+              f"steps of {b} on {device.type}: about {duration(expected)}"
+              + ("; --recipe fast needs a fraction of that" if device.type == "cpu" and args.recipe == "paper" else ""),
+              flush=True)
+    first, losses = step, []
+    started = saved = logged = time.perf_counter()
+    bar = Progress(args.iters, step)
+    with open_log(out / "log.jsonl", step) as log:
+        while step < args.iters and not signals:
+            loss, mse, gamma, kl, grad_z = backward(step)
+            logging = (step + 1) % LOG_EVERY == 0 or step + 1 == args.iters
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained]) if logging else None
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            optimizer.step()
+            optimizer.zero_grad()
+            if profiled:  # what a checkpoint before the end is evaluated with: a running geometric mean of the MSE
+                with torch.no_grad():
+                    model.log_gamma.lerp_(mse.log(), 0.05)
+            losses.append(loss)
+            step += 1
+            now = time.perf_counter()
+            saving = now - saved > args.checkpoint_seconds
+            if logging or saving:
+                check(losses)
+            if logging:
+                speed = (step - first) * b / (now - started) if step - first < LOG_EVERY else LOG_EVERY * b / (now - logged)
+                record = {"step": step, "seconds": round(seconds_before + now - started, 3),
+                          "images_per_second": round(speed, 1), "loss": loss.item(), "bpd": bits_per_dim(loss.item(), d),
+                          "mse": mse.item(), "gamma": gamma.item(), "kl": kl.sum().item(),
+                          "grad_norm": grad_norm.item(),
+                          "grad_z_norm": b * grad_z.norm(dim=1).mean().item(),  # of one image's loss, mean over images
+                          "active_dims": int((kl > ACTIVE_NATS).sum())}
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                logged = now
+                left = duration((now - started) / (step - first) * (args.iters - step))
+                bar.update(step, f"bpd {record['bpd']:.3f}  gamma {record['gamma']:.5f}  {speed:.0f} images/s  {left} left")
+            if logging or saving:
+                losses = []
+            if saving:
+                checkpoint.save(ckpt, model, optimizer, step, config, seconds_before + now - started)
+                saved = time.perf_counter()
+    bar.close()
+    if losses:
+        check(losses)
+    if step == args.iters and profiled:
+        part = images[:GAMMA_IMAGES]
+        stats = evaluate(model, part, 1, args.seed, args.dequantize)
+        with torch.no_grad():
+            model.log_gamma.fill_(math.log(stats["mse"].mean()))
+    checkpoint.save(ckpt, model, optimizer, step, config, seconds_before + time.perf_counter() - started)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if signals:
+        raise KeyboardInterrupt(f"step {step:,} is saved in {ckpt}: the same command with --resume goes on")
+    return model.eval().requires_grad_(False)
+
+
+def main(args):
+    evaluation.check_scores(args.scores)
+    device = pick_device(args.device)
+    if args.data not in DATASETS and args.data != "sprites":
+        args.data = str(Path(args.data).resolve()) if Path(args.data).exists() else args.data
+    name = Path(args.data).stem + (str(args.sprite_factors) if args.sprite_factors != 4 else "")
+    out = Path(args.out or f"runs/{name}_a{args.alpha:g}_k{args.kappa}_s{args.seed}")
+    images = load(args.data, "train", args.data_root, None, args.sprite_factors, args.skip_bad)
+    config = {"data": args.data, "shape": list(images.pixels.shape[1:]), "sprite_factors": args.sprite_factors,
+              "skip_bad": args.skip_bad}
+    sets = {}
+    if not args.no_eval:  # before the training, so that a missing file is not found out after it
+        sets = {"train": images.first(args.max_images or evaluation.TRAIN_IMAGES),
+                "test": evaluation.load_data(config, "test", args)} | evaluation.load_outliers(config, args)
+    make_folder(out)
+    model = train(args, images.pixels, out, device)
+    if sets:
+        config = checkpoint.load(out / "ckpt.pt")["config"]
+        evaluation.evaluate_outliers(model, config, sets, args, out)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(ARGS)

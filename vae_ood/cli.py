@@ -1,0 +1,116 @@
+"""What run.py and eval.py share on the command line: arguments, one-line errors, progress. Imports no torch."""
+
+import argparse
+import os
+import sys
+import time
+from contextlib import contextmanager
+
+from vae_ood import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+@contextmanager
+def one_line_errors():
+    """Exit codes of a command: 2 a user's mistake, told in one line on stderr; 130 interrupted."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted{'; ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
+        sys.exit(130)
+
+
+def add_evaluation_arguments(parser):
+    """The flags of an evaluation, the same in run.py and eval.py."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--outliers", nargs="+", metavar="NAME|PATH", help="outlier sets: data set names, noise, "
+                       "constant, two_blobs, discs, cut_out, or paths (default: the paper's for the data set)")
+    group.add_argument("--scores", nargs="+", default=["nll", "iw_nll"], metavar="NAME",
+                       help="outlier scores (default: nll iw_nll)")
+    group.add_argument("--iw-samples", type=positive_int, default=16, metavar="K",
+                       help="samples of z an image, for every estimate (default 16)")
+    group.add_argument("--max-images", type=positive_int, metavar="N",
+                       help="use the first N images of a set (default: 10,000 training images, all others)")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--data-root", metavar="DIR", help="folder of the official files; what is missing is downloaded "
+                       "there (default $VAE_OOD_DATA, else ~/.cache/vae_ood)")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def positive_int(text):
+    """argparse type: an integer above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def positive_float(text):
+    """argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
+
+
+def pick_device(name):
+    """The torch device of --device; UserError where cuda is asked for and there is none."""
+    import torch
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+
+
+def make_folder(path):
+    """Create `path` and its parents; UserError unless files can be written in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write in the folder {path} ({error.strerror}): choose another --out") from None
+
+
+def duration(seconds):
+    """A duration for people: '48 s', '12 min', '3.4 h', '2.1 days'."""
+    for unit, size in (("days", 86400), ("h", 3600)):
+        if seconds >= 2 * size or unit == "h" and seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+class Progress:
+    """A tqdm bar where tqdm is installed and stderr is a terminal, else a line now and then."""
+
+    def __init__(self, total, initial=0, label="step"):
+        self.total, self.label, self.shown, self.bar = total, label, time.monotonic(), None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+                self.bar = tqdm(total=total, initial=initial, unit=label, leave=False, dynamic_ncols=True)
+            except ImportError:
+                pass
+
+    def update(self, done, text="", seconds=5.0):
+        """Show that `done` of the total are done; a plain line at most every `seconds` and at the end."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif time.monotonic() - self.shown > seconds or done == self.total:
+            print(f"{self.label} {done:>{len(str(self.total))}}/{self.total}  {text}", flush=True)
+            self.shown = time.monotonic()
+
+    def close(self):
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()

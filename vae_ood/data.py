@@ -1,0 +1,415 @@
+"""Data sets as uint8 tensors N x C x H x W held in memory: official formats, downloads, own images, sprites.
+
+Official files lie in `<root>/<name>/`; a missing one is downloaded there and its MD5 checked. Files that are already
+there are used as they are. Nothing is unpickled and no path out of an archive is followed.
+"""
+
+import gzip
+import hashlib
+import io
+import os
+import re
+import socket
+import tarfile
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vae_ood import UserError
+
+SHUFFLE, TRAINING, EVALUATION, RENDERING, SPLIT = range(5)  # streams of random numbers
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+CIFAR = "https://www.cs.toronto.edu/~kriz/"
+SVHN = "http://ufldl.stanford.edu/housenumbers/"
+DOWNLOADS = {  # (data set, file): (address, MD5)
+    ("fashionmnist", "train-images-idx3-ubyte.gz"): (FASHION, "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+    ("fashionmnist", "t10k-images-idx3-ubyte.gz"): (FASHION, "bef4ecab320f06d8554ea6380940ec79"),
+    ("mnist", "train-images-idx3-ubyte.gz"): (MNIST, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+    ("mnist", "t10k-images-idx3-ubyte.gz"): (MNIST, "9fb629c4189551a2d022fa330f9573f3"),
+    ("cifar10", "cifar-10-binary.tar.gz"): (CIFAR, "c32a1d4ab5d03f1284b67883e8d87530"),
+    ("svhn", "train_32x32.mat"): (SVHN, "e26dedcc434d2e4c54c9b2d4a06d8373"),
+    ("svhn", "test_32x32.mat"): (SVHN, "eb5a983be6a315427106f1b164d9cef3"),
+}
+
+
+@dataclass
+class Images:
+    """uint8 pixels [N, C, H, W]; `notes` says what was left out or converted; `files` names own images, else None."""
+
+    name: str
+    pixels: torch.Tensor
+    notes: list[str] = field(default_factory=list)
+    files: list[str] | None = None
+
+    def first(self, n):
+        """The first n of the images."""
+        return replace(self, pixels=self.pixels[:n], files=self.files and self.files[:n])
+
+
+def generator(seed, stream, index=0):
+    """The numpy generator of (seed, stream, index): the counter-based Philox, so all of them are independent."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
+
+
+def to_unit(pixels, uniform=None):
+    """uint8 -> float32 in [0, 1]: pixels / 255, or dequantised, (pixels + uniform) / 256 with uniform in [0, 1)."""
+    return pixels.float() / 255 if uniform is None else (pixels.float() + uniform) / 256
+
+
+def default_root():
+    """Where official files lie unless --data-root says otherwise: $VAE_OOD_DATA, else ~/.cache/vae_ood."""
+    return Path(os.environ.get("VAE_OOD_DATA") or Path.home() / ".cache" / "vae_ood")
+
+
+def load(data, split, root=None, shape=None, factors=4, skip_bad=False):
+    """Load `data`, a name in DATASETS or OUTLIERS or a path to own images, as `Images`.
+
+    split: "train", "test", or for own images also "all". shape: (C, H, W) to convert to, needed by the sets made up
+    to fit the inliers (noise, constant). factors: the intrinsic dimension of the sprites. skip_bad: leave undecodable
+    pictures out instead of refusing them. Raises UserError for whatever cannot be read.
+    """
+    root = Path(root) if root else default_root()
+    if data in DATASETS:
+        images = DATASETS[data](root / data, split)
+    elif data in SPRITES:
+        images = sprites(split, factors, data)
+    elif data in SYNTHETIC:
+        n, rng = 2_000, generator(0, RENDERING, 100)
+        pixels = rng.integers(0, 256, (n, *(shape if data == "noise" else (shape[0], 1, 1))), np.uint8)
+        images = Images(data, torch.from_numpy(np.broadcast_to(pixels, (n, *shape)).copy()))
+    elif Path(data).exists():
+        images = own_images(Path(data), split, shape, skip_bad)
+    else:
+        raise UserError(f"unknown data '{data}': it is neither a path that exists nor one of {', '.join(names())}")
+    if shape and tuple(images.pixels.shape[1:]) != tuple(shape):
+        images.notes.append(f"converted from {'x'.join(map(str, images.pixels.shape[1:]))}")
+        images.pixels = convert(images.pixels, shape)
+    return images
+
+
+def names():
+    """The names that `load` knows; a data set to train on is one of the first len(DATASETS) + 1."""
+    return [*DATASETS, *SPRITES, *SYNTHETIC]
+
+
+def convert(pixels, shape):
+    """uint8 [N, c, h, w] -> [N, *shape]: gray to RGB by repetition, RGB to gray by luma, centre crop to the aspect
+    ratio of `shape`, antialiased bilinear resize."""
+    channels, height, width = shape
+    h, w = pixels.shape[2:]
+    if h * width > w * height:
+        crop = max(1, w * height // width)
+        pixels = pixels[:, :, (h - crop) // 2:(h - crop) // 2 + crop]
+    else:
+        crop = max(1, h * width // height)
+        pixels = pixels[:, :, :, (w - crop) // 2:(w - crop) // 2 + crop]
+    out = []
+    for part in pixels.split(1000):
+        part = part.float()
+        if part.shape[1] == 3 and channels == 1:
+            part = (part * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+        if part.shape[2:] != (height, width):
+            part = F.interpolate(part, (height, width), mode="bilinear", antialias=True)
+        out.append(part.round().clamp(0, 255).byte().expand(-1, channels, -1, -1))
+    return torch.cat(out)
+
+
+# ---- official files ----------------------------------------------------------------------------------------------
+
+def fetch(folder, filename):
+    """The path of an official file, downloaded and verified if it is not there. Atomic: what is cut off leaves no
+    file behind."""
+    path = folder / filename
+    if path.exists():
+        return path
+    address, md5 = DOWNLOADS[folder.name, filename]
+    part = path.with_name(filename + ".part")
+    hint = f"download {address}{filename} by hand and put it in {folder}"
+    timeout = socket.getdefaulttimeout()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)
+        torch.hub.download_url_to_file(address + filename, str(part), progress=False)
+        with part.open("rb") as file:
+            digest = hashlib.md5()
+            while block := file.read(2**20):
+                digest.update(block)
+        if digest.hexdigest() != md5:
+            raise UserError(f"{filename} arrived damaged or cut off (MD5 {digest.hexdigest()}, expected {md5}): "
+                            f"try again, or {hint}")
+        os.replace(part, path)
+    except OSError as error:  # urllib's errors are OSErrors
+        raise UserError(f"{path} is missing and could not be downloaded ({error}): {hint}") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _idx(folder, split):
+    stem = {"train": "train", "test": "t10k"}[split] + "-images-idx3-ubyte"
+    path = folder / stem if (folder / stem).exists() else fetch(folder, stem + ".gz")
+    size = path.stat().st_size
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(16)
+            if len(header) < 16 or header[:4] != b"\0\0\x08\x03":
+                raise UserError(f"{path} is not an IDX file of images (wrong magic number): delete it or replace it")
+            shape = [int.from_bytes(header[i:i + 4], "big") for i in (4, 8, 12)]
+            wanted = shape[0] * shape[1] * shape[2]
+            if wanted > 1100 * size:  # deflate expands at most 1032-fold
+                raise UserError(f"{path} is damaged: its header claims {wanted:,} bytes of images")
+            body = file.read(wanted + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}): delete it or replace it") from None
+    if len(body) != wanted or not wanted:
+        raise UserError(f"{path} is truncated or damaged ({wanted:,} bytes of images announced, "
+                        f"{'fewer' if len(body) < wanted else 'more'} found): delete it or replace it")
+    return Images(folder.name, torch.from_numpy(np.frombuffer(bytearray(body), np.uint8).reshape(-1, 1, *shape[1:])))
+
+
+def _cifar10(folder, split):
+    pattern = r"data_batch_[1-5]\.bin" if split == "train" else r"test_batch\.bin"
+    parts = {p.name: p.read_bytes() for place in (folder, folder / "cifar-10-batches-bin") if place.is_dir()
+             for p in sorted(place.iterdir()) if re.fullmatch(pattern, p.name)}
+    if not parts:
+        path = fetch(folder, "cifar-10-binary.tar.gz")
+        try:
+            with tarfile.open(path, "r:gz") as archive:
+                for member in archive:
+                    if member.isfile() and re.fullmatch(pattern, os.path.basename(member.name)):
+                        parts[os.path.basename(member.name)] = archive.extractfile(member).read()
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            raise UserError(f"{path} is truncated or damaged ({error}): delete it or replace it") from None
+        if not parts:
+            raise UserError(f"{path} holds no CIFAR-10 batches: delete it or replace it")
+    for name, data in parts.items():
+        records = np.frombuffer(data, np.uint8)
+        if not data or len(data) % 3073 or records[::3073].max() > 9:
+            raise UserError(f"{folder / name} is not a CIFAR-10 batch of the binary version (3,073 bytes a record): "
+                            "delete it or replace it")
+    records = np.concatenate([np.frombuffer(parts[name], np.uint8).reshape(-1, 3073) for name in sorted(parts)])
+    images = Images(folder.name, torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()))
+    if split == "train" and len(parts) < 5:
+        images.notes.append(f"{len(parts)} of 5 training files found: {len(records):,} of 50,000 images")
+    return images
+
+
+def _svhn(folder, split):
+    path = fetch(folder, f"{split}_32x32.mat")
+    try:
+        import scipy.io
+    except ImportError:
+        raise UserError(f"reading {path} needs scipy: pip install scipy") from None
+    try:
+        pixels = scipy.io.loadmat(path, variable_names=["X"])["X"]
+        if pixels.dtype != np.uint8 or pixels.shape[:3] != (32, 32, 3) or pixels.ndim != 4 or not pixels.size:
+            raise ValueError("no uint8 array X of 32x32x3xN")
+    except Exception as error:  # scipy raises nearly anything on a damaged file
+        raise UserError(f"{path} is not an SVHN file or is damaged ({error}): delete it or replace it") from None
+    return Images(folder.name, torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1))))
+
+
+def _celeba(folder, split):
+    pictures, archive = {}, folder / "img_align_celeba.zip"
+    if (folder / "img_align_celeba").is_dir():
+        pictures = {p.name: p for p in (folder / "img_align_celeba").iterdir() if p.suffix == ".jpg"}
+    elif archive.exists():
+        try:
+            with zipfile.ZipFile(archive) as file:
+                pictures = {os.path.basename(n): file.read(n) for n in file.namelist() if n.endswith(".jpg")}
+        except (zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
+            raise UserError(f"{archive} is truncated or damaged ({error}): delete it or replace it") from None
+    if not pictures:
+        raise UserError(f"CelebA is not in {folder} and no program can download it: get img_align_celeba.zip from "
+                        f"https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put it in {folder}")
+    partition = folder / "list_eval_partition.txt"
+    try:
+        if partition.exists():
+            of = {line.split()[0]: int(line.split()[1]) for line in partition.read_text().splitlines() if line.strip()}
+            note = f"split by {partition.name}"
+        else:  # the official partition is by index
+            of = {name: (int(name[:-4]) > 162_770) + (int(name[:-4]) > 182_637) for name in pictures}
+            note = "split by index (no list_eval_partition.txt)"
+    except (ValueError, IndexError) as error:
+        raise UserError(f"cannot tell the split of CelebA in {folder} ({error}): put the official "
+                        "list_eval_partition.txt beside the pictures") from None
+    chosen = sorted(name for name in pictures if of.get(name) == {"train": 0, "test": 2}[split])
+    if not chosen:
+        raise UserError(f"none of the {len(pictures):,} pictures in {folder} is in CelebA's {split} partition: "
+                        "add the missing pictures")
+
+    def picture(name):
+        pixels = _decode(pictures[name], name)
+        h, w = pixels.shape[1:]
+        if (h, w) == (218, 178):
+            pixels = pixels[:, 35:183, 15:163]
+        return convert(torch.from_numpy(pixels)[None], (3, 32, 32))
+
+    with ThreadPoolExecutor() as pool:
+        return Images(folder.name, torch.cat(list(pool.map(picture, chosen))), [note])
+
+
+DATASETS = {"fashionmnist": _idx, "mnist": _idx, "cifar10": _cifar10, "svhn": _svhn, "celeba": _celeba}
+
+
+# ---- own images --------------------------------------------------------------------------------------------------
+
+def own_images(path, split="all", shape=None, skip_bad=False):
+    """A folder of pictures (recursively), a .npy or a .npz as `Images`.
+
+    split "test" is a fixed random tenth, "train" the rest, "all" everything; an .npz with arrays train_images and
+    test_images is split by them. Pictures of different sizes are converted to `shape` one by one where it is given.
+    """
+    if path.is_dir():
+        images = _folder(path, shape, skip_bad)
+    elif path.suffix in (".npy", ".npz"):
+        images, done = _arrays(path, split)
+        split = "all" if done else split
+    else:
+        raise UserError(f"{path} is neither a folder of pictures nor a .npy or .npz file")
+    if split == "all":
+        return images
+    n = len(images.pixels)
+    if n < 20:
+        raise UserError(f"{path} holds {n} images: at least 20 are needed for a training and a test part")
+    order = generator(0, SPLIT).permutation(n)
+    chosen = np.sort(order[:n // 10] if split == "test" else order[n // 10:])
+    images.notes.append(f"{split}: {len(chosen):,} of {n:,} images, a fixed random split")
+    return replace(images, pixels=images.pixels[torch.from_numpy(chosen)],
+                   files=images.files and [images.files[i] for i in chosen])
+
+
+def _decode(source, name):
+    """uint8 [1 or 3, h, w] of a picture (a path or bytes); UserError names it where it cannot be decoded."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise UserError("reading pictures needs Pillow: pip install Pillow") from None
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip, not scale
+                return (np.asarray(picture, np.int64) // 257).clip(0, 255).astype(np.uint8)[None]
+            gray = picture.mode in ("1", "L", "LA")
+            pixels = np.array(picture.convert("L" if gray else "RGB"))
+    except Exception as error:  # Pillow raises nearly anything on a damaged file
+        raise UserError(f"cannot decode the picture {name} ({type(error).__name__}): remove it, or leave out all such "
+                        "pictures with --skip-bad") from None
+    return pixels[None] if gray else pixels.transpose(2, 0, 1)
+
+
+def _folder(path, shape, skip_bad):
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+    if not files:
+        raise UserError(f"the folder {path} holds no pictures ({' '.join(sorted(PICTURES))})")
+
+    def picture(file):
+        try:
+            pixels = torch.from_numpy(np.ascontiguousarray(_decode(file, file)))
+        except UserError:
+            if skip_bad:
+                return None
+            raise
+        return convert(pixels[None], shape)[0] if shape else pixels
+
+    with ThreadPoolExecutor() as pool:
+        decoded = list(pool.map(picture, files))
+    good = [(str(f.relative_to(path)), p) for f, p in zip(files, decoded, strict=True) if p is not None]
+    if not good:
+        raise UserError(f"not one of the {len(files):,} pictures in {path} can be decoded")
+    first, channels = good[0][1], max(p.shape[0] for _, p in good)
+    for name, p in good:
+        if p.shape[1:] != first.shape[1:]:
+            raise UserError(f"the pictures in {path} differ in size ({good[0][0]} is {first.shape[2]}x{first.shape[1]}, "
+                            f"{name} is {p.shape[2]}x{p.shape[1]}): resize them to one size first")
+    notes = [f"left out {len(files) - len(good):,} undecodable pictures"] if len(good) < len(files) else []
+    return Images(str(path), torch.stack([p.expand(channels, -1, -1) for _, p in good]), notes, [n for n, _ in good])
+
+
+def _arrays(path, split):
+    """The images of a .npy or .npz, and whether they are already the asked split."""
+    done = False
+    try:
+        loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # mmap checks the size that the header claims
+        if isinstance(loaded, np.ndarray):
+            array = loaded
+        else:
+            keys, done = loaded.files, f"{split}_images" in loaded.files
+            key = f"{split}_images" if done else "images" if "images" in keys else keys[0] if len(keys) == 1 else None
+            if key is None:
+                raise UserError(f"{path} holds the arrays {', '.join(keys)}: name one of them 'images', "
+                                "or two of them 'train_images' and 'test_images'")
+            array = loaded[key]
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        raise UserError(f"{path} is not a readable array file without pickled objects "
+                        f"({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
+        array = array.transpose(0, 3, 1, 2)
+    if array.ndim != 4 or array.shape[1] not in (1, 3) or not array.size:
+        raise UserError(f"{path} has the shape {array.shape}: images must be NxHxW, NxHxWxC or NxCxHxW with 1 or 3 "
+                        "channels")
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise UserError(f"{path} holds NaN or infinite pixels: clean it first")
+        if array.min() < 0 or array.max() > 1:
+            raise UserError(f"{path} holds floats from {array.min():g} to {array.max():g}: scale them to [0, 1], or "
+                            "save uint8")
+        array = np.rint(array * 255)
+    elif array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
+        raise UserError(f"{path} holds {array.dtype} outside of 0..255: save uint8, or floats in [0, 1]")
+    return Images(str(path), torch.from_numpy(np.array(array, np.uint8, order="C"))), done
+
+
+# ---- embedded data -----------------------------------------------------------------------------------------------
+
+SPRITES = ("sprites", "two_blobs", "discs", "cut_out")
+SYNTHETIC = ("noise", "constant")
+
+
+def sprites(split, factors=4, kind="sprites"):
+    """32x32 gray images of a soft bright blob on a gray ground: a smooth manifold of `factors` (2 to 5) dimensions.
+
+    The factors, independent and uniform: x, y, size, brightness, level of the ground; those beyond `factors` are
+    fixed at their middle. Kinds off the manifold: two_blobs (two on one ground), discs (a hard-edged blob), cut_out
+    (a blob with an 8x8 square of ground colour cut into it). 20,000 training and 2,000 test images, always the same.
+    """
+    n = 20_000 if split == "train" else 2_000
+    rng = generator(0, RENDERING, 10 * SPRITES.index(kind) + (split == "train"))
+    unit = rng.random((n, 7))
+    unit[:, factors:5] = 0.5
+    x, y = 10 + 12 * unit[:, 0], 10 + 12 * unit[:, 1]
+    size, brightness, ground = 3 + 3 * unit[:, 2], 0.25 + 0.25 * unit[:, 3], 0.3 + 0.2 * unit[:, 4]
+    grid = np.arange(32)
+
+    def squares(centre):
+        return (grid - centre[:, None]) ** 2
+
+    def soft(x, y):
+        scale = -0.5 / size[:, None] ** 2
+        return np.exp(squares(y) * scale)[:, :, None] * np.exp(squares(x) * scale)[:, None, :]
+
+    if kind == "discs":
+        radius = np.sqrt(squares(y)[:, :, None] + squares(x)[:, None, :])
+        shape = np.clip(1.5 * size[:, None, None] + 0.5 - radius, 0, 1)
+    else:
+        shape = soft(x, y)
+    if kind == "two_blobs":  # the second opposite the centre, at least 8 pixels away
+        angle, distance = np.arctan2(16 - y, 16 - x), 8 + 4 * unit[:, 5]
+        shape = np.maximum(shape, soft(x + distance * np.cos(angle), y + distance * np.sin(angle)))
+    if kind == "cut_out":
+        rows, columns = (squares(c + 4 * u - 2) < 16 for c, u in ((y, unit[:, 5]), (x, unit[:, 6])))
+        shape = np.where(rows[:, :, None] & columns[:, None, :], 0, shape)
+    pixels = ground[:, None, None] + brightness[:, None, None] * shape
+    return Images(kind, torch.from_numpy(np.rint(255 * pixels).astype(np.uint8)[:, None]))

@@ -1,0 +1,54 @@
+"""The figures. matplotlib is optional: `available` says whether it is there."""
+
+import importlib.util
+
+import numpy as np
+
+from vae_ood.metrics import ACTIVE_NATS, latent_spectrum
+
+
+def available():
+    """Whether figures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _figure(width=7.0, height=4.2):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def nll_histogram(path, bpd, title):
+    """Write the histograms of bits per dimension, {set: [N]} with 'train' and 'test' first, as Figs. 2 and 3."""
+    figure, axes = _figure()
+    low, high = np.percentile(np.concatenate([np.percentile(v, (0.2, 99.5)) for v in bpd.values()]), (0, 100))
+    pad = 0.03 * max(high - low, 1e-3)
+    edges = np.linspace(low - pad, high + pad, 101)
+    for i, (name, values) in enumerate(bpd.items()):
+        label, values = f"{name} (n = {len(values):,})", np.clip(values, edges[0], edges[-1])
+        if name == "train":
+            axes.hist(values, edges, density=True, histtype="step", color="black", linewidth=1.2, label=label)
+        else:
+            axes.hist(values, edges, density=True, alpha=0.5, color=f"C{i - 1}", label=label)
+    axes.set(xlabel="negative ELBO (bits per dimension)", ylabel="density", title=title, xlim=(edges[0], edges[-1]))
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def mutual_information(path, kl_per_dim, title):
+    """Write the sorted mean KL of each latent dimension (nats), as Fig. 4."""
+    kl, active, cut, ratio = latent_spectrum(kl_per_dim)
+    figure, axes = _figure()
+    k = np.arange(1, len(kl) + 1)
+    axes.semilogy(k, np.maximum(kl, 1e-6), "o-", markersize=4, linewidth=1)
+    axes.axhline(ACTIVE_NATS, color="gray", linestyle=":", label=f"active above {ACTIVE_NATS} nats: {active} of {len(kl)}")
+    if cut < len(kl):
+        axes.axvline(cut + 0.5, color="C3", linestyle="--", label=f"largest drop: {ratio:.1f}-fold after {cut}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="latent dimension, sorted", ylabel="mean KL (nats)", title=title)
+    axes.legend(frameon=False)
+    figure.savefig(path)
