@@ -386,17 +386,22 @@ def sprites(split, factors=4, kind="sprites"):
     (a blob with an 8x8 square of ground colour cut into it). 20,000 training and 2,000 test images, always the same.
     """
     n = 20_000 if split == "train" else 2_000
-    rng = generator(0, RENDERING, 10 * SPRITES.index(kind) + (split == "train"))
-    unit = rng.random((n, 7))
+    unit = generator(0, RENDERING, 10 * SPRITES.index(kind) + (split == "train")).random((n, 7))
     unit[:, factors:5] = 0.5
+    pixels = np.concatenate([np.rint(255 * render(kind, part)) for part in np.array_split(unit, n // 1000)])
+    return Images(kind, torch.from_numpy(pixels.astype(np.uint8)[:, None]))
+
+
+def render(kind, unit):
+    """The images [N, 32, 32] in [0, 1] of factors `unit` [N, 7] in [0, 1): the five above, and two that place what is
+    wrong with an outlier."""
     x, y = 10 + 12 * unit[:, 0], 10 + 12 * unit[:, 1]
     size, brightness, ground = 3 + 3 * unit[:, 2], 0.25 + 0.25 * unit[:, 3], 0.3 + 0.2 * unit[:, 4]
-    grid = np.arange(32)
 
     def squares(centre):
-        return (grid - centre[:, None]) ** 2
+        return (np.arange(32) - centre[:, None]) ** 2
 
-    def soft(x, y):
+    def blob(x, y):
         scale = -0.5 / size[:, None] ** 2
         return np.exp(squares(y) * scale)[:, :, None] * np.exp(squares(x) * scale)[:, None, :]
 
@@ -404,12 +409,11 @@ def sprites(split, factors=4, kind="sprites"):
         radius = np.sqrt(squares(y)[:, :, None] + squares(x)[:, None, :])
         shape = np.clip(1.5 * size[:, None, None] + 0.5 - radius, 0, 1)
     else:
-        shape = soft(x, y)
-    if kind == "two_blobs":  # the second opposite the centre, at least 8 pixels away
+        shape = blob(x, y)
+    if kind == "two_blobs":  # the second one 8 to 12 pixels off, across the centre
         angle, distance = np.arctan2(16 - y, 16 - x), 8 + 4 * unit[:, 5]
-        shape = np.maximum(shape, soft(x + distance * np.cos(angle), y + distance * np.sin(angle)))
+        shape = np.maximum(shape, blob(x + distance * np.cos(angle), y + distance * np.sin(angle)))
     if kind == "cut_out":
         rows, columns = (squares(c + 4 * u - 2) < 16 for c, u in ((y, unit[:, 5]), (x, unit[:, 6])))
         shape = np.where(rows[:, :, None] & columns[:, None, :], 0, shape)
-    pixels = ground[:, None, None] + brightness[:, None, None] * shape
-    return Images(kind, torch.from_numpy(np.rint(255 * pixels).astype(np.uint8)[:, None]))
+    return ground[:, None, None] + brightness[:, None, None] * shape

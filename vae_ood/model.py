@@ -45,7 +45,9 @@ class VAE(nn.Module):
         for conv in self.encoder:
             h = F.leaky_relu(conv(h), 0.2)
         h = h.flatten(1)
-        return self.mu(h), self.log_sigma(h)
+        # Far from the data the linear head extrapolates: past e^10 (the optimum never exceeds about 1) sigma would
+        # soon overflow and an extreme outlier's score be NaN.
+        return self.mu(h), self.log_sigma(h).clamp(max=10)
 
     def decode(self, z):
         """z [B, kappa] -> the mean of p(x|z), [B, C, H, W] in (0, 1)."""

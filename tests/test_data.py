@@ -1,0 +1,372 @@
+"""Every format read back, every kind of bad file refused in one clear line, downloads against a local server."""
+
+import gzip
+import hashlib
+import io
+import tarfile
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+
+from vae_ood import UserError, data
+from vae_ood.data import convert, fetch, generator, load, to_unit
+
+RNG = np.random.default_rng(0)
+
+
+def random_images(*shape):
+    return RNG.integers(0, 256, shape, np.uint8)
+
+
+def idx(images):
+    return b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in images.shape) + images.tobytes()
+
+
+def cifar(images, label=3):
+    return np.concatenate([np.full((len(images), 1), label, np.uint8), images.reshape(len(images), -1)], 1).tobytes()
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def save_picture(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+# ---- official formats
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_idx(tmp_path, compressed):
+    images = random_images(5, 28, 28)
+    name = "train-images-idx3-ubyte" + ".gz" * compressed
+    put(tmp_path / "mnist" / name, gzip.compress(idx(images)) if compressed else idx(images))
+    pixels = load("mnist", "train", tmp_path).pixels
+    assert pixels.dtype == torch.uint8
+    np.testing.assert_array_equal(pixels.numpy(), images[:, None])
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (gzip.compress(idx(random_images(9, 28, 28)))[:-600], "truncated"),
+    (gzip.compress(b"\0\0\x08\x01" + bytes(40)), "wrong magic"),
+    (gzip.compress(idx(random_images(2, 4, 4)) + b"more"), "more found"),
+    (gzip.compress(idx(random_images(2, 4, 4))[:-3]), "fewer found"),
+    (gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12 + bytes(100)), "claims"),
+    (gzip.compress(b"\0\0\x08\x03" + bytes(12)), "truncated"),
+    (b"not gzip at all", "damaged"),
+    (b"", "wrong magic"),
+])
+def test_bad_idx(tmp_path, content, message):
+    path = put(tmp_path / "mnist" / "t10k-images-idx3-ubyte.gz", content)
+    with pytest.raises(UserError, match=message) as error:
+        load("mnist", "test", tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_cifar10_loose_files_of_any_length(tmp_path):
+    a, b = random_images(4, 3, 32, 32), random_images(2, 3, 32, 32)
+    put(tmp_path / "cifar10" / "data_batch_2.bin", cifar(b))
+    put(tmp_path / "cifar10" / "data_batch_1.bin", cifar(a))
+    images = load("cifar10", "train", tmp_path)
+    np.testing.assert_array_equal(images.pixels.numpy(), np.concatenate([a, b]))
+    assert images.notes == ["2 of 5 training files found: 6 of 50,000 images"]
+
+
+def test_cifar10_archive_is_read_without_extracting(tmp_path):
+    batches = [random_images(2, 3, 32, 32) for _ in range(6)]
+    archive = tmp_path / "cifar10" / "cifar-10-binary.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as file:
+        for i, batch in enumerate(batches):
+            name = f"../../data_batch_{i + 1}.bin" if i < 5 else "/test_batch.bin"  # a path that is not followed
+            member = tarfile.TarInfo(name)
+            member.size = len(cifar(batch))
+            file.addfile(member, io.BytesIO(cifar(batch)))
+    train = load("cifar10", "train", tmp_path)
+    np.testing.assert_array_equal(train.pixels.numpy(), np.concatenate(batches[:5]))
+    assert train.notes == []
+    np.testing.assert_array_equal(load("cifar10", "test", tmp_path).pixels.numpy(), batches[5])
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["cifar-10-binary.tar.gz"]
+    archive.write_bytes(archive.read_bytes()[:-3000])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        load("cifar10", "test", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(3072), cifar(random_images(2, 3, 32, 32), label=200)])
+def test_bad_cifar10(tmp_path, content):
+    put(tmp_path / "cifar10" / "test_batch.bin", content)
+    with pytest.raises(UserError, match="test_batch.bin is not a CIFAR-10 batch"):
+        load("cifar10", "test", tmp_path)
+
+
+def test_svhn(tmp_path):
+    images = random_images(32, 32, 3, 5)
+    (tmp_path / "svhn").mkdir()
+    savemat(tmp_path / "svhn" / "test_32x32.mat", {"X": images, "y": np.ones((5, 1))}, do_compression=True)
+    np.testing.assert_array_equal(load("svhn", "test", tmp_path).pixels.numpy(), images.transpose(3, 2, 0, 1))
+
+
+def test_bad_svhn(tmp_path):
+    path = put(tmp_path / "svhn" / "test_32x32.mat", b"MATLAB 5.0 MAT-file" + bytes(200))
+    with pytest.raises(UserError, match="not an SVHN file"):
+        load("svhn", "test", tmp_path)
+    savemat(path, {"X": random_images(8, 8, 3, 5)})
+    with pytest.raises(UserError, match="no uint8 array X"):
+        load("svhn", "test", tmp_path)
+
+
+def celeba_pictures():
+    buffers = {}
+    for name, size in (("000001.jpg", (218, 178)), ("182638.jpg", (218, 178)), ("182639.jpg", (100, 60))):
+        buffers[name] = io.BytesIO()
+        Image.fromarray(random_images(*size, 3)).save(buffers[name], "JPEG", quality=95)
+    return {name: buffer.getvalue() for name, buffer in buffers.items()}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_celeba_split_and_crop(tmp_path, zipped):
+    pictures, folder = celeba_pictures(), tmp_path / "celeba"
+    folder.mkdir()
+    if zipped:
+        with zipfile.ZipFile(folder / "img_align_celeba.zip", "w") as file:
+            for name, content in pictures.items():
+                file.writestr(f"../img_align_celeba/{name}", content)
+    else:
+        for name, content in pictures.items():
+            put(folder / "img_align_celeba" / name, content)
+    test = load("celeba", "test", tmp_path)
+    assert test.pixels.shape == (2, 3, 32, 32) and "split by index" in test.notes[0]
+    decoded = [np.asarray(Image.open(io.BytesIO(pictures[n]))).transpose(2, 0, 1) for n in ("182638.jpg", "182639.jpg")]
+    crops = decoded[0][:, 35:183, 15:163], decoded[1][:, 20:80]  # 148 x 148, and the centre square
+    for pixels, crop in zip(test.pixels, crops, strict=True):
+        assert crop.shape[1] == crop.shape[2]
+        torch.testing.assert_close(pixels, convert(torch.from_numpy(crop.copy())[None], (3, 32, 32))[0])
+    assert load("celeba", "train", tmp_path).pixels.shape[0] == 1
+    put(folder / "list_eval_partition.txt", b"000001.jpg 2\n182638.jpg 0\n182639.jpg 0\n")
+    assert load("celeba", "test", tmp_path).pixels.shape[0] == 1
+    assert load("celeba", "train", tmp_path).pixels.shape[0] == 2
+
+
+def test_celeba_that_is_missing_says_where_to_get_it(tmp_path):
+    with pytest.raises(UserError, match=r"mmlab.*put it in"):
+        load("celeba", "test", tmp_path)
+
+
+# ---- downloads
+
+class Handler(BaseHTTPRequestHandler):
+    """/good/ serves the file, /wrong/ another one, /cut/ half of it, anything else 404."""
+
+    content = gzip.compress(idx(random_images(40, 28, 28)))
+
+    def do_GET(self):
+        kind = self.path.split("/")[1]
+        if kind not in ("good", "wrong", "cut"):
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        content = self.content[::-1] if kind == "wrong" else self.content
+        self.wfile.write(content[:len(content) // 2] if kind == "cut" else content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Point MNIST's test file at a path of a local server."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def point_at(kind):
+        address = f"http://127.0.0.1:{server.server_port}/{kind}/"
+        key = ("mnist", "t10k-images-idx3-ubyte.gz")
+        monkeypatch.setitem(data.DOWNLOADS, key, (address, hashlib.md5(Handler.content).hexdigest()))
+
+    yield point_at
+    server.shutdown()
+    server.server_close()
+
+
+def test_download(tmp_path, serve):
+    serve("good")
+    assert load("mnist", "test", tmp_path).pixels.shape == (40, 1, 28, 28)
+    serve("missing")
+    assert load("mnist", "test", tmp_path).pixels.shape == (40, 1, 28, 28)  # it is there: no second download
+
+
+@pytest.mark.parametrize(("kind", "message"), [("wrong", "MD5"), ("cut", "MD5|cut"), ("missing", "404")])
+def test_failed_download_leaves_nothing_and_can_be_repeated(tmp_path, serve, kind, message):
+    serve(kind)
+    with pytest.raises(UserError, match=message) as error:
+        load("mnist", "test", tmp_path)
+    text = str(error.value)
+    assert "t10k-images-idx3-ubyte.gz" in text and "http://127.0.0.1" in text and str(tmp_path / "mnist") in text
+    assert list((tmp_path / "mnist").iterdir()) == []
+    serve("good")
+    assert len(load("mnist", "test", tmp_path).pixels) == 40
+
+
+def test_without_a_network_one_line_names_file_address_and_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.DOWNLOADS, ("svhn", "test_32x32.mat"), ("http://127.0.0.1:9/", "0" * 32))
+    with pytest.raises(UserError, match=r"test_32x32\.mat is missing.*http://127\.0\.0\.1:9/test_32x32\.mat.*svhn"):
+        fetch(tmp_path / "svhn", "test_32x32.mat")
+
+
+# ---- own images
+
+@pytest.mark.parametrize("layout", ["folder", "npy", "npz", "nchw", "float"])
+def test_own_images_in_every_layout(tmp_path, layout):
+    images = random_images(30, 6, 7, 3)
+    path = tmp_path / {"folder": "pictures", "npz": "a.npz"}.get(layout, "a.npy")
+    if layout == "folder":
+        for i, image in enumerate(images):
+            save_picture(path / f"class{i % 3}" / f"{i:02d}.png", image)
+    elif layout == "npz":
+        np.savez(path, images)
+    else:
+        np.save(path, {"nchw": images.transpose(0, 3, 1, 2), "float": images / 255}.get(layout, images))
+    everything = load(str(path), "all")
+    order = sorted(range(30), key=lambda i: (i % 3, i)) if layout == "folder" else range(30)
+    np.testing.assert_array_equal(everything.pixels.numpy(), images[list(order)].transpose(0, 3, 1, 2))
+    train, test = load(str(path), "train"), load(str(path), "test")
+    assert (len(train.pixels), len(test.pixels)) == (27, 3)
+    union = {p.numpy().tobytes() for part in (train, test) for p in part.pixels}
+    assert union == {p.numpy().tobytes() for p in everything.pixels}
+    if layout == "folder":
+        assert everything.files[0] == "class0/00.png" and set(test.files) < set(everything.files)
+
+
+def test_gray_arrays_and_ready_made_splits(tmp_path):
+    np.save(tmp_path / "gray.npy", random_images(25, 5, 9))
+    assert load(str(tmp_path / "gray.npy"), "all").pixels.shape == (25, 1, 5, 9)
+    np.savez(tmp_path / "split.npz", train_images=random_images(4, 8, 8), test_images=random_images(2, 8, 8))
+    assert [len(load(str(tmp_path / "split.npz"), s).pixels) for s in ("train", "test")] == [4, 2]
+
+
+def test_pictures_of_every_mode(tmp_path):
+    gray = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    save_picture(tmp_path / "gray.png", gray)
+    save_picture(tmp_path / "sixteen.png", gray.astype(np.uint16) * 257)
+    images = load(str(tmp_path), "all")
+    assert images.pixels.shape == (2, 1, 8, 8)
+    np.testing.assert_array_equal(images.pixels[:, 0].numpy(), [gray, gray])
+    save_picture(tmp_path / "rgba.png", random_images(8, 8, 4))
+    assert load(str(tmp_path), "all").pixels.shape == (3, 3, 8, 8)  # one in colour: all in colour
+
+
+def test_undecodable_picture(tmp_path):
+    for i in range(3):
+        save_picture(tmp_path / f"{i}.png", random_images(8, 8))
+    put(tmp_path / "broken.png", (tmp_path / "0.png").read_bytes()[:50])
+    with pytest.raises(UserError, match=r"broken\.png.*--skip-bad"):
+        load(str(tmp_path), "all")
+    images = load(str(tmp_path), "all", skip_bad=True)
+    assert len(images.pixels) == 3 and images.notes == ["left out 1 undecodable pictures"]
+
+
+def test_mixed_sizes_are_refused_for_training_and_converted_for_scoring(tmp_path):
+    save_picture(tmp_path / "a.png", random_images(8, 8))
+    save_picture(tmp_path / "b.png", random_images(10, 12))
+    with pytest.raises(UserError, match="differ in size"):
+        load(str(tmp_path), "all")
+    assert load(str(tmp_path), "all", shape=(3, 6, 6)).pixels.shape == (2, 3, 6, 6)
+
+
+@pytest.mark.parametrize(("array", "message"), [
+    (np.full((3, 4, 4), np.nan), "NaN"),
+    (np.full((3, 4, 4), 7.5), "scale them"),
+    (np.full((3, 4, 4), -3), "outside of 0..255"),
+    (random_images(3, 4, 4, 7), "shape"),
+    (random_images(3, 4), "shape"),
+    (random_images(0, 4, 4), "shape"),
+    (np.array([{"a": 1}], dtype=object), "without pickled objects"),
+])
+def test_bad_arrays(tmp_path, array, message):
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(UserError, match=message):
+        load(str(tmp_path / "a.npy"), "all")
+
+
+def test_array_header_that_claims_more_than_the_file_holds(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8)})
+    put(tmp_path / "a.npy", header.getvalue() + bytes(100))
+    with pytest.raises(UserError, match="not a readable array file"):
+        load(str(tmp_path / "a.npy"), "all")
+
+
+@pytest.mark.parametrize(("name", "message"), [("nothing-here", "unknown data"), ("empty", "no pictures"),
+                                               ("text.txt", "neither a folder")])
+def test_what_is_no_data_set(tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("hello")
+    with pytest.raises(UserError, match=message):
+        load(name if name == "nothing-here" else str(tmp_path / name), "all")
+
+
+# ---- conversion, sprites, random numbers
+
+def test_convert():
+    gray, colour = torch.from_numpy(random_images(3, 1, 8, 8)), torch.from_numpy(random_images(3, 3, 8, 8))
+    torch.testing.assert_close(convert(gray, (3, 8, 8)), gray.expand(3, 3, 8, 8))
+    luma = (colour.double() * torch.tensor([0.299, 0.587, 0.114]).double()[:, None, None]).sum(1, keepdim=True)
+    torch.testing.assert_close(convert(colour, (1, 8, 8)), luma.round().byte(), atol=1, rtol=0)
+    checkers = (torch.arange(64)[:, None] + torch.arange(64)).remainder(2).mul(255).byte()[None, None]
+    small = convert(checkers, (1, 8, 8)).float()
+    assert (small - 127.5).abs().max() < 3  # antialiased: plain subsampling would give 0 or 255
+    wide = torch.zeros(1, 1, 8, 24, dtype=torch.uint8)
+    wide[..., 8:16] = 200
+    assert (convert(wide, (1, 8, 8)) == 200).all()  # the centre square, not a squashed whole
+
+
+def test_sprites_are_deterministic_fast_and_of_the_asked_dimension():
+    start = time.perf_counter()
+    train = load("sprites", "train").pixels
+    assert time.perf_counter() - start < 4  # under 2 s; twice that for a busy machine
+    assert train.shape == (20_000, 1, 32, 32)
+    torch.testing.assert_close(load("sprites", "train").pixels, train)
+    assert not torch.equal(train[:2000], load("sprites", "test").pixels)
+    for factors in (2, 3, 4, 5):  # the local dimension: singular values of a tight neighbourhood of one image
+        unit = np.full((400, 7), 0.5)
+        unit[:, :factors] += 0.01 * (RNG.random((400, factors)) - 0.5)
+        images = data.render("sprites", unit)
+        spectrum = np.linalg.svd(images.reshape(400, -1) - images.reshape(400, -1).mean(0), compute_uv=False)
+        assert spectrum[factors - 1] > 20 * spectrum[factors]
+
+
+@pytest.mark.parametrize("name", ["two_blobs", "discs", "cut_out", "noise", "constant"])
+def test_embedded_outliers_fit_the_inliers_and_are_not_among_them(name):
+    outliers = load(name, "test", shape=(1, 32, 32)).pixels
+    assert outliers.shape == (2000, 1, 32, 32) and outliers.dtype == torch.uint8
+    sprites = load("sprites", "train").pixels.flatten(1).float()
+    nearest = torch.cdist(outliers[:100].flatten(1).float(), sprites).min(1).values
+    inlier = torch.cdist(load("sprites", "test").pixels[:100].flatten(1).float(), sprites).min(1).values
+    assert nearest.median() > 2 * inlier.median()
+    if name in ("noise", "constant"):
+        assert load(name, "test", shape=(3, 5, 6)).pixels.shape == (2000, 3, 5, 6)
+
+
+def test_generators_are_repeatable_and_independent():
+    draws = {key: generator(*key).standard_normal(1000) for key in [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)]}
+    np.testing.assert_array_equal(generator(0, 1, 1).standard_normal(1000), draws[0, 1, 1])
+    correlation = np.corrcoef(list(draws.values())) - np.eye(4)
+    assert abs(correlation).max() < 5 / np.sqrt(1000)
+
+
+def test_to_unit():
+    pixels = torch.tensor([0, 128, 255], dtype=torch.uint8)
+    torch.testing.assert_close(to_unit(pixels), torch.tensor([0, 128 / 255, 1]))
+    torch.testing.assert_close(to_unit(pixels, torch.tensor([0, 0.5, 0.5])), torch.tensor([0, 128.5 / 256, 255.5 / 256]))

@@ -1,0 +1,77 @@
+"""Metrics against scikit-learn, brute force and their own guarantees."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from vae_ood.metrics import conformal_p_values, detection, latent_spectrum
+
+
+@pytest.mark.parametrize("decimals", [1, 12])  # 1: many ties
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 3), (500, 200), (200, 900)])
+def test_detection_matches_scikit_learn(n, m, decimals):
+    rng = np.random.default_rng(n + m)
+    inliers, outliers = rng.standard_normal(n).round(decimals), (rng.standard_normal(m) + 0.7).round(decimals)
+    result = detection(inliers, outliers, resamples=20)
+    labels, scores = np.r_[np.zeros(n), np.ones(m)], np.r_[inliers, outliers]
+    assert result["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert result["aupr"] == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
+    threshold = min(t for t in inliers if (inliers <= t).mean() >= 0.95)
+    assert result["fpr95"] == (outliers <= threshold).mean()
+    assert (result["n_in"], result["n_out"]) == (n, m)
+    for name in ("auroc", "aupr", "fpr95"):
+        low, high = result[f"{name}_ci95"]
+        assert 0 <= low <= high <= 1
+
+
+def test_outliers_are_the_positive_class():
+    perfect = detection([0.0, 1.0, 2.0], [3.0])
+    assert (perfect["auroc"], perfect["aupr"], perfect["fpr95"]) == (1, 1, 0)
+    inverted = detection([3.0], [0.0, 1.0, 2.0])
+    assert (inverted["auroc"], inverted["fpr95"]) == (0, 1)
+    uninformative = detection(np.zeros(30), np.zeros(10))
+    assert (uninformative["auroc"], uninformative["aupr"], uninformative["fpr95"]) == (0.5, 0.25, 1)
+
+
+def test_bootstrap_interval_agrees_with_delong():
+    rng = np.random.default_rng(0)
+    inliers, outliers = rng.standard_normal(400), rng.standard_normal(300) + 1
+    result = detection(inliers, outliers, resamples=2000)
+    placements = (outliers[:, None] > inliers).astype(float)  # the variance of DeLong et al. (1988)
+    variance = placements.mean(1).var(ddof=1) / 300 + placements.mean(0).var(ddof=1) / 400
+    low, high = result["auroc_ci95"]
+    assert low < result["auroc"] < high
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(variance), rel=0.1)
+
+
+def test_interval_covers_the_truth():
+    from math import erf
+    truth, covered, rng = 0.5 * (1 + erf(1 / 2)), 0, np.random.default_rng(1)  # P(N(1, 1) > N(0, 1))
+    for seed in range(200):
+        low, high = detection(rng.standard_normal(150), rng.standard_normal(150) + 1, 200, seed)["auroc_ci95"]
+        covered += low <= truth <= high
+    assert covered >= 178  # 95% of 200, less four standard errors; too wide would fail the test above
+
+
+def test_conformal_p_values_by_the_formula_with_ties():
+    calibration, scores = np.array([1.0, 2.0, 2.0, 5.0]), np.array([0.0, 2.0, 5.0, 6.0])
+    expected = [(1 + (calibration >= s).sum()) / 5 for s in scores]
+    np.testing.assert_array_equal(conformal_p_values(calibration, scores), expected)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
+def test_conformal_false_alarm_rate_is_the_asked_one(rate):
+    rng, n, repeats = np.random.default_rng(2), 499, 400
+    flagged = [(conformal_p_values(s[:n], s[n:]) <= rate).mean()
+               for s in rng.standard_exponential((repeats, n + 500))]
+    # rate * (n + 1) is whole, so the rate is exact; over calibrations it is Beta-distributed with this deviation
+    deviation = np.sqrt(rate * (1 - rate) * (1 / (n + 2) + 1 / 500) / repeats)
+    assert abs(np.mean(flagged) - rate) < 4 * deviation
+
+
+def test_latent_spectrum_finds_the_cut():
+    kl, active, cut, ratio = latent_spectrum(np.array([0.01, 3.0, 0.02, 5.0, 4.0]))
+    assert (kl.tolist(), active, cut) == ([5.0, 4.0, 3.0, 0.02, 0.01], 3, 3)
+    assert ratio == pytest.approx(150)
+    assert latent_spectrum(np.array([2.0]))[1:3] == (1, 1)
+    assert latent_spectrum(np.array([1.0, 0.0]))[2] == 1

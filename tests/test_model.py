@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from vae_ood.model import VAE
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 1, 1), (3, 17, 30), (1, 64, 40)])
+def test_reconstruction_has_the_shape_of_the_image(shape):
+    model = VAE(shape, 0.1, 7)
+    mu, log_sigma = model.encode(torch.rand(2, *shape))
+    assert mu.shape == log_sigma.shape == (2, 7)
+    mean = model.decode(mu)
+    assert mean.shape == (2, *shape) and 0 < mean.min() and mean.max() < 1
+
+
+@pytest.mark.parametrize(("alpha", "widths"), [(1, [64, 128, 256]), (0.25, [16, 32, 64]), (4, [256, 512, 1024]),
+                                               (0.001, [1, 1, 1])])
+def test_alpha_multiplies_the_channels_but_not_kappa(alpha, widths):
+    model = VAE((3, 32, 32), alpha, 32)
+    assert [conv.out_channels for conv in model.encoder] == widths
+    assert [conv.in_channels for conv in model.decoder] == widths[::-1]
+    assert model.mu.out_features == model.log_sigma.out_features == model.expand.in_features == 32
+    assert model.mu.in_features == 4 * 4 * widths[2]
+
+
+def test_number_of_parameters_of_the_papers_network():
+    convolutions = 25 * (1 * 64 + 64 * 128 + 128 * 256) * 2
+    biases = 64 + 128 + 256 + 128 + 64 + 1
+    linear = 4096 * 32 * 3 + 32 * 2 + 4096
+    assert sum(p.numel() for p in VAE((1, 28, 28), 1, 32).parameters()) == convolutions + biases + linear + 1
+
+
+def test_gamma_is_a_variance_and_trained_only_when_learned():
+    assert VAE((1, 8, 8), 0.1, 2, 0.04).log_gamma.exp().item() == pytest.approx(0.04)
+    assert not VAE((1, 8, 8), 0.1, 2).log_gamma.requires_grad
+    assert VAE((1, 8, 8), 0.1, 2, learn_gamma=True).log_gamma.requires_grad
+
+
+def test_extreme_images_keep_finite_likelihoods():
+    model = VAE((1, 8, 8), 0.1, 2)
+    with torch.no_grad():
+        model.log_sigma.bias.fill_(500)
+    mu, log_sigma = model.encode(torch.rand(1, 1, 8, 8))
+    assert torch.isfinite(model.decode(mu + log_sigma.exp())).all()
