@@ -48,7 +48,7 @@ def load(path, device="cpu"):
         reason = "it asks to run code" if "weights_only" in str(error) or "Weights only" in str(error) else "damaged?"
         raise UserError(f"{path} is not a checkpoint of run.py ({reason}): nothing in it was executed") from None
     keys = {"version", "model", "optimizer", "step", "config"}
-    if not isinstance(state, dict) or not keys <= set(state):
+    if not isinstance(state, dict) or not keys <= set(state) or not isinstance(state["version"], int):
         raise UserError(f"{path} is not a checkpoint of run.py: give the ckpt.pt that run.py wrote")
     if state["version"] > VERSION:
         raise UserError(f"{path} was written by a newer vae-ood (format {state['version']}, this one reads up to "

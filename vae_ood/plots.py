@@ -1,7 +1,5 @@
 """The figures. matplotlib is optional: `available` says whether it is there."""
 
-import importlib.util
-
 import numpy as np
 
 from vae_ood.metrics import ACTIVE_NATS, latent_spectrum
@@ -9,7 +7,11 @@ from vae_ood.metrics import ACTIVE_NATS, latent_spectrum
 
 def available():
     """Whether figures can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _figure(width=7.0, height=4.2):

@@ -1,0 +1,282 @@
+"""The commands as a user runs them, for a few steps."""
+
+import csv
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import ROOT
+from vae_ood import checkpoint
+from vae_ood.data import load
+
+TINY = ("run.py", "--alpha", 0.1, "--batch-size", 16, "--no-compile")
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def refused(result, *words):
+    """A user's mistake: exit code 2 and one line on stderr that holds the words."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
+    for word in words:
+        assert word in result.stderr
+    return True
+
+
+def test_run_writes_what_it_promises(tiny_run):
+    out, stdout = tiny_run
+    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "config.json", "log.jsonl", "metrics.json",
+                                                     "mutual_information.png", "nll_histogram.png", "scores.csv"]
+    first = stdout.splitlines()[0]
+    assert re.match(r"179,170 parameters, 20,000 training images, 200 steps of 64 on \w+: about \d+ \w+", first), first
+    assert "latent dimensions carry the data; the family has 4" in stdout
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log] == [50, 100, 150, 200]
+    assert set(log[0]) == {"step", "seconds", "images_per_second", "loss", "bpd", "mse", "gamma", "kl", "grad_norm",
+                           "grad_z_norm", "active_dims"}
+    assert all(math.isfinite(v) for r in log for v in r.values())
+    config = json.loads((out / "config.json").read_text())
+    assert config == checkpoint.load(out / "ckpt.pt")["config"]
+    for name in ("mutual_information.png", "nll_histogram.png"):
+        pixels = np.asarray(Image.open(out / name).convert("L"))
+        assert pixels.shape[0] > 300 and 0.005 < (pixels < 200).mean() < 0.9
+
+
+def test_metrics_follow_from_the_scores(tiny_run):
+    out, stdout = tiny_run
+    metrics, table = json.loads((out / "metrics.json").read_text()), rows(out / "scores.csv")
+    assert list(metrics["sets"]) == ["train", "test", "two_blobs", "discs", "cut_out", "noise", "constant"]
+    for name, summary in metrics["sets"].items():
+        nll = np.array([float(r["nll"]) for r in table if r["set"] == name])
+        assert len(nll) == summary["n"] == 300
+        assert summary["nll"] == pytest.approx(nll.mean())
+        assert summary["bpd"] == pytest.approx(nll.mean() / (1024 * math.log(2)) + 8)
+        assert summary["bpd_iw"] < summary["bpd"]
+    assert metrics["kappa"] == 16 and metrics["iw_samples"] == 2 and metrics["config"]["data"] == "sprites"
+    assert metrics["gamma"] == pytest.approx(metrics["sets"]["train"]["mse"], rel=0.1)  # the training set's MSE
+    test, noise = ([float(r["nll"]) for r in table if r["set"] == s] for s in ("test", "noise"))
+    row = metrics["scores"]["nll"]["noise"]
+    assert row["auroc"] == np.mean(np.subtract.outer(noise, test) > 0) and (row["n_in"], row["n_out"]) == (300, 300)
+    assert f"{row['auroc']:.4f}" in stdout
+
+
+def test_eval_repeats_what_run_measured(tiny_run, command, tmp_path):
+    out, _ = tiny_run
+    command("eval.py", "--ckpt", out / "ckpt.pt", "--iw-samples", 2, "--max-images", 300, "--out", tmp_path)
+    for name in ("metrics.json", "scores.csv"):
+        assert (tmp_path / name).read_text() == (out / name).read_text()
+
+
+def test_score_own_images(tiny_run, command, tmp_path):
+    out, _ = tiny_run
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for kind in ("sprites", "discs"):
+        for i, image in enumerate(load(kind, "test").pixels[:40, 0].numpy()):
+            Image.fromarray(image).save(folder / f"{kind}{i:02d}.png")
+    result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", folder, "--fpr", 0.1, "--iw-samples", 2)
+    table = rows(out / "score-mine" / "scores.csv")
+    assert list(table[0]) == ["file", "nll", "iw_nll", "p_value", "outlier"] and len(table) == 80
+    for row in table:
+        assert row["outlier"] == str(int(float(row["p_value"]) <= 0.1))
+    flagged = {kind: sum(int(r["outlier"]) for r in table if r["file"].startswith(kind)) for kind in ("sprites", "discs")}
+    assert flagged["discs"] >= 39 and flagged["sprites"] <= 14  # 10% of 40, four standard errors above
+    assert f"{sum(flagged.values())} of 80 images flagged at p <= 0.1" in result.stdout
+    assert (out / "scores.csv").exists() and len(rows(out / "scores.csv")) == 2100  # the evaluation's are kept
+
+    np.save(tmp_path / "mine.npy", load("noise", "test", shape=(3, 20, 30)).pixels[:5])  # another size and colour
+    command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path / "mine.npy", "--out", tmp_path / "s")
+    assert [(r["index"], r["outlier"]) for r in rows(tmp_path / "s" / "scores.csv")] == [(str(i), "1") for i in range(5)]
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2])
+def test_false_alarm_rate_on_held_out_inliers_is_the_asked_one(tiny_run, command, tmp_path, rate):
+    out, _ = tiny_run
+    from vae_ood.data import generator, render
+    unit = generator(123, 0).random((1500, 7))  # inliers that neither training nor calibration has seen
+    unit[:, 4] = 0.5
+    np.save(tmp_path / "new.npy", np.rint(255 * render("sprites", unit)).astype(np.uint8))
+    command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path / "new.npy", "--fpr", rate, "--iw-samples", 1,
+            "--scores", "nll", "--out", tmp_path)
+    flagged = np.mean([int(r["outlier"]) for r in rows(tmp_path / "scores.csv")])
+    assert abs(flagged - rate) < 4 * math.sqrt(rate * (1 - rate) * (1 / 1500 + 1 / 2000))  # binomial, both samples
+
+
+# ---- resuming
+
+def parameters(out):
+    return checkpoint.load(out / "ckpt.pt")["model"]
+
+
+def interrupted_run(arguments, out, seed, delay):
+    """Start the command over and over, ending it by one signal after another; how often it was ended."""
+    rng, ended = random.Random(seed), 0
+    signals = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+    for attempt in range(30):
+        process = subprocess.Popen([sys.executable, *map(str, arguments), "--out", out, "--resume"], cwd=ROOT,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process.stdout.readline()  # past the imports
+        if attempt < len(signals):
+            time.sleep(rng.uniform(0, delay))
+            process.send_signal(signals[attempt])
+        output, _ = process.communicate(timeout=300)
+        if process.returncode == 0:
+            return ended
+        assert process.returncode in (130, -signal.SIGKILL), output
+        ended += 1
+    raise AssertionError("never finished")
+
+
+@pytest.mark.parametrize("gamma", ["homotopy", "learn"])
+def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(command, tmp_path, gamma):
+    arguments = (*TINY, "--iters", 500, "--gamma", gamma, "--no-eval", "--checkpoint-seconds", 0)
+    command(*arguments, "--out", tmp_path / "whole")
+    assert interrupted_run(arguments, tmp_path / "pieces", gamma, 1.5) >= 2
+    whole, pieces = parameters(tmp_path / "whole"), parameters(tmp_path / "pieces")
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("whole", "pieces")]
+    assert [r["step"] for r in logs[1]] == list(range(50, 501, 50))
+    for a, b in zip(*logs, strict=True):
+        for key in set(a) - {"seconds", "images_per_second"}:
+            assert a[key] == b[key]
+
+
+@pytest.mark.slow
+def test_compiled_run_resumes_bit_for_bit(command, tmp_path):
+    arguments = ("run.py", "--iters", 600, "--no-eval", "--checkpoint-seconds", 0.2, "--compile")
+    command(*arguments, "--out", tmp_path / "whole")
+    assert interrupted_run(arguments, tmp_path / "pieces", 0, 4) >= 2
+    whole, pieces = parameters(tmp_path / "whole"), parameters(tmp_path / "pieces")
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def test_half_written_log_and_flags_that_differ(command, tmp_path):
+    arguments = (*TINY, "--no-eval", "--out", tmp_path / "a")
+    command(*arguments, "--iters", 100)
+    with open(tmp_path / "a" / "log.jsonl", "a") as file:
+        file.write('{"step": 150, "seconds": 3.1}\n{"step": 2')
+    assert refused(command(*arguments, "--iters", 100, check=False), "already holds a run", "--resume")
+    assert refused(command(*arguments, "--iters", 200, "--resume", check=False), "iters = 100, not 200")
+    command(*arguments, "--iters", 100, "--resume")
+    lines = (tmp_path / "a" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [50, 100]
+
+
+# ---- mistakes
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--data", "fashionmnst"], ["unknown data 'fashionmnst'", "fashionmnist"]),
+    (["--alpha", "0"], ["--alpha", "greater than 0"]),
+    (["--alpha", "nan"], ["--alpha"]),
+    (["--kappa", "0"], ["--kappa", "at least 1"]),
+    (["--iters", "many"], ["--iters"]),
+    (["--gamma", "-1"], ["--gamma"]),
+    (["--gamma", "best"], ["--gamma", "learn, optimal, homotopy"]),
+    (["--outliers", "letters"], ["unknown data 'letters'"]),
+    (["--scores", "magic"], ["unknown score 'magic'", "nll, iw_nll"]),
+    (["--outliers", "test"], ["--outliers test"]),
+    (["--data", "celeba", "--data-root", "/nowhere"], ["CelebA is not in /nowhere/celeba"]),
+    (["--seed", "-1"], ["--seed"]),
+])
+def test_run_refuses_in_one_line(command, tmp_path, arguments, words):
+    assert refused(command("run.py", *arguments, "--out", tmp_path / "out", check=False), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_file_of_a_known_data_set(command, tmp_path):
+    result = command("run.py", "--data", "mnist", "--data-root", tmp_path, check=False,
+                     env=os.environ | {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"})
+    assert refused(result, "train-images-idx3-ubyte.gz is missing", "https://ossci-datasets", str(tmp_path / "mnist"))
+
+
+def test_eval_refuses_in_one_line(tiny_run, command, tmp_path):
+    out, _ = tiny_run
+    (tmp_path / "no.pt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    ckpt = ["--ckpt", out / "ckpt.pt"]
+    for arguments, words in ((["--ckpt", tmp_path / "no.pt"], ["is not a checkpoint"]),
+                             (["--ckpt", tmp_path / "missing.pt"], ["there is no checkpoint"]),
+                             ([], ["--ckpt"]),
+                             ([*ckpt, "--score", tmp_path / "missing"], ["unknown data", "missing"]),
+                             ([*ckpt, "--score", tmp_path / "empty"], ["holds no pictures"]),
+                             ([*ckpt, "--score", tmp_path, "--fpr", 2], ["--fpr"])):
+        assert refused(command("eval.py", *arguments, check=False), *words)
+
+
+def test_unwritable_output_folder(command, tmp_path):
+    (tmp_path / "file").touch()
+    assert refused(command(*TINY, "--iters", 1, "--out", tmp_path / "file" / "out", check=False), "cannot write")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or subprocess.run(["which", "mount"], capture_output=True).returncode != 0,
+                    reason="needs root to mount a small file system")
+def test_disk_that_fills_up_keeps_the_checkpoint_before(command, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        arguments = ("run.py", "--alpha", 0.2, "--no-compile", "--no-eval", "--out", disk / "run")
+        command(*arguments, "--iters", 1)
+        before = parameters(disk / "run")
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        (disk / "filler").write_bytes(bytes(free - 100_000))
+        torch.save(checkpoint.load(disk / "run" / "ckpt.pt") | {"step": 0}, tmp_path / "ckpt.pt")
+        (disk / "run" / "ckpt.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes())
+        result = command(*arguments, "--iters", 1, "--resume", check=False)
+        assert refused(result, "No space left on device", "the one saved before is kept")
+        after = parameters(disk / "run")
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert not list((disk / "run").glob("*.part"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_divergence_says_at_which_step_and_keeps_the_checkpoint(command, tmp_path):
+    arguments = (*TINY, "--iters", 300, "--no-eval", "--out", tmp_path / "a", "--lr", "1e20")
+    result = command(*arguments, "--checkpoint-seconds", 0, check=False)
+    assert refused(result, "training diverged", "at step ", "smaller --lr")
+    if (tmp_path / "a" / "ckpt.pt").exists():
+        assert all(p.isfinite().all() for p in parameters(tmp_path / "a").values())
+
+
+def test_nan_pixels(command, tmp_path):
+    np.save(tmp_path / "a.npy", np.full((50, 8, 8), np.nan))
+    assert refused(command("run.py", "--data", tmp_path / "a.npy", check=False), "NaN")
+
+
+def test_own_data_end_to_end(command, tmp_path):
+    np.save(tmp_path / "mine.npy", load("sprites", "test").pixels[:200, 0, ::2, ::2])
+    result = command(*TINY, "--data", tmp_path / "mine.npy", "--recipe", "fast", "--iters", 20, "--out", tmp_path / "r",
+                     "--dequantize", "--amp", "--iw-samples", 1)
+    assert "180 of 200 images" in result.stdout and "noise" in result.stdout and "constant" in result.stdout
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "tqdm", "PIL", "scipy"])
+def test_without_an_optional_package(command, tiny_run, tmp_path, package):
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "sitecustomize.py").write_text(f"import sys\nsys.modules['{package}'] = None\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "hide")}
+    out, _ = tiny_run
+    result = command("eval.py", "--ckpt", out / "ckpt.pt", "--iw-samples", 1, "--max-images", 20, "--out", tmp_path / "o",
+                     env=environment)
+    assert ("no figures: pip install matplotlib" in result.stdout) == (package in ("matplotlib", "PIL"))  # it needs PIL
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path, "--out", tmp_path / "p", check=False,
+                     env=environment)
+    assert refused(result, "pip install Pillow") if package == "PIL" else result.returncode == 0

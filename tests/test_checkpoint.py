@@ -1,0 +1,84 @@
+"""Saving is atomic and loading is safe."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from vae_ood import UserError, checkpoint
+from vae_ood.model import VAE
+
+CONFIG = {"shape": [1, 8, 8], "alpha": 0.1, "kappa": 2}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = VAE(**CONFIG)
+    optimizer = torch.optim.Adam(model.parameters())
+    checkpoint.save(tmp_path / "ckpt.pt", model, optimizer, 7, CONFIG, 1.5)
+    return tmp_path / "ckpt.pt", model, optimizer
+
+
+def test_what_is_saved_is_loaded(saved):
+    path, model, _ = saved
+    loaded, config = checkpoint.load_model(path)
+    assert config == CONFIG and checkpoint.load(path)["step"] == 7
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_full_disk_keeps_the_checkpoint_before(saved, monkeypatch):
+    path, model, optimizer = saved
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"No space left on device.*the one saved before is kept"):
+        checkpoint.save(path, model, optimizer, 8, CONFIG)
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["ckpt.pt"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_malicious_pickle_is_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"version": 1, "model": Malicious()}, "ckpt.pt")
+    with pytest.raises(UserError, match=r"asks to run code.*nothing in it was executed"):
+        checkpoint.load("ckpt.pt")
+    assert os.listdir() == ["ckpt.pt"]
+
+
+def test_files_that_are_no_checkpoint(saved, tmp_path):
+    path, _, _ = saved
+    content = path.read_bytes()
+    for bad in (b"", b"hello", content[:1000], content[:len(content) // 2], content[:-1]):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=r"ckpt\.pt is not a checkpoint"):
+            checkpoint.load(path)
+    for foreign in (torch.zeros(3), {"state_dict": {}}, [1]):
+        torch.save(foreign, path)
+        with pytest.raises(UserError, match=r"ckpt\.pt is not a checkpoint"):
+            checkpoint.load(path)
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        checkpoint.load(tmp_path / "missing.pt")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"version": 2}, "newer vae-ood"),
+    ({"version": "x"}, "not a checkpoint"),
+    ({"model": {}}, "tensors do not fit"),
+    ({"config": {}}, "settings are unusable"),
+    ({"config": CONFIG | {"kappa": 3}}, "tensors do not fit"),
+    ({"config": CONFIG | {"alpha": "wide"}}, "settings are unusable"),
+])
+def test_tampered_checkpoints(saved, change, message):
+    path, _, _ = saved
+    torch.save(checkpoint.load(path) | change, path)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_model(path)

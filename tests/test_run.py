@@ -1,0 +1,94 @@
+"""The parts of the training loop: batches, schedules, the loss and its gradient."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import run
+from vae_ood.model import VAE
+
+SHAPE = (1, 8, 8)
+
+
+def test_batches_are_shuffled_epochs_that_depend_on_seed_and_step_alone():
+    n, size = 10, 4
+    steps = [run.batch_indices(5, t, size, n) for t in range(10)]
+    sequence = np.concatenate(steps)
+    for epoch in range(4):
+        assert sorted(sequence[n * epoch:n * epoch + n]) == list(range(n))
+    assert not np.array_equal(sequence[:n], sequence[n:2 * n])
+    for t in (7, 2, 9):  # in any order
+        np.testing.assert_array_equal(run.batch_indices(5, t, size, n), steps[t])
+    assert not np.array_equal(run.batch_indices(6, 0, size, n), steps[0])
+    assert len(run.batch_indices(0, 3, 25, n)) == 25  # a batch larger than the data
+
+
+def test_schedules():
+    args = SimpleNamespace(schedule="cosine", lr=0.1, iters=1000, gamma="homotopy")
+    rates = [run.learning_rate(t, args) for t in range(1000)]
+    assert rates[0] == pytest.approx(0.1 / 20) and max(rates) > 0.099 and 0 < rates[-1] < 1e-5
+    assert np.argmax(rates) in (19, 20) and all(np.diff(rates[20:]) < 0)
+    assert run.learning_rate(0, SimpleNamespace(schedule="constant", lr=0.1)) == 0.1
+    floors = [run.gamma_floor(t, args) for t in range(1000)]
+    assert floors[0] == 1 and floors[999] == pytest.approx(run.HOMOTOPY_END)
+    ratios = np.divide(floors[1:700], floors[:699])
+    np.testing.assert_allclose(ratios, ratios[0])
+    assert run.gamma_floor(3, SimpleNamespace(gamma="optimal", iters=10)) == 0
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    model = VAE(SHAPE, 0.1, 3, 0.05).double()
+    x, eps = torch.rand(6, *SHAPE, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    return model, x, eps, torch.zeros(6, 3, dtype=torch.float64, requires_grad=True)
+
+
+def test_optimal_gamma_has_the_value_and_gradient_of_the_profiled_loss(problem):
+    model, x, eps, probe = problem
+    x = x.float()
+    model, eps, probe = model.float(), eps.float(), torch.zeros(6, 3, requires_grad=True)
+    weights = [p for n, p in model.named_parameters() if n != "log_gamma"]
+    loss, mse, gamma, kl = run.loss_terms(model, x, eps, probe, torch.tensor(0.0), True, False)
+    gradients = torch.autograd.grad(loss, weights)
+
+    mu, log_sigma = model.encode(x)
+    d = math.prod(SHAPE)
+    error = (x - model.decode(mu + log_sigma.exp() * eps)).square().mean()
+    divergence = 0.5 * (mu**2 + (2 * log_sigma).exp() - 1 - 2 * log_sigma)
+    profiled = 0.5 * d * torch.log(2 * math.pi * math.e * error) + divergence.sum(1).mean()
+    torch.testing.assert_close(loss, profiled)
+    torch.testing.assert_close((mse, gamma), (error.detach(), error.detach()))
+    torch.testing.assert_close(kl, divergence.mean(0).detach())
+    for ours, theirs in zip(gradients, torch.autograd.grad(profiled, weights), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_floor_bounds_gamma_from_below(problem):
+    model, x, eps, probe = (problem[0].float(), *(t.detach().float() for t in problem[1:]))
+    _, mse, gamma, _ = run.loss_terms(model, x, eps, probe, torch.tensor(0.9), True, False)
+    assert gamma.item() == pytest.approx(0.9) and mse < 0.9
+
+
+def test_learned_gamma_has_its_minimum_at_the_mse(problem):
+    model, x, eps, probe = (problem[0].float(), *(t.detach().float() for t in problem[1:]))
+    model.log_gamma.requires_grad_(True)
+    _, mse, _, _ = run.loss_terms(model, x, eps, probe, torch.tensor(0.0), False, False)
+    with torch.no_grad():
+        model.log_gamma.copy_(mse.log())
+    loss, _, gamma, _ = run.loss_terms(model, x, eps, probe, torch.tensor(0.0), False, False)
+    assert gamma == pytest.approx(mse.item())
+    assert torch.autograd.grad(loss, model.log_gamma)[0].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_probe_gives_the_gradient_at_z(problem):
+    model, x, eps, probe = (problem[0].float(), *(t.detach().float() for t in problem[1:]))
+    probe.requires_grad_(True)
+    run.loss_terms(model, x, eps, probe, torch.tensor(0.0), False, False)[0].backward()
+    mu, log_sigma = model.encode(x)
+    z = (mu + log_sigma.exp() * eps).detach().requires_grad_(True)
+    ((x - model.decode(z)).square().sum() / (2 * 0.05) / 6).backward()
+    torch.testing.assert_close(probe.grad, z.grad, rtol=1e-4, atol=1e-5)
