@@ -25,19 +25,27 @@ def _figure(width=7.0, height=4.2):
 
 
 def nll_histogram(path, bpd, title):
-    """Write the histograms of bits per dimension, {set: [N]} with 'train' and 'test' first, as Figs. 2 and 3."""
+    """Write the histograms of bits per dimension, {set: [N]} with 'train' and 'test' first, as Figs. 2 and 3. The axis
+    is linear, or linear within a bit of the inliers' median and logarithmic beyond where outliers lie far out."""
     figure, axes = _figure()
     low, high = np.percentile(np.concatenate([np.percentile(v, (0.2, 99.5)) for v in bpd.values()]), (0, 100))
-    pad = 0.03 * max(high - low, 1e-3)
-    edges = np.linspace(low - pad, high + pad, 101)
+    inliers = np.percentile(bpd["test"], (0.2, 50, 99.5))
+    label = "negative ELBO (bits per dimension)"
+    if far := high - low > 50 * max(inliers[2] - inliers[0], 0.1):
+        origin, label = inliers[1], f"{label} above the test images' median, {inliers[1]:.2f}"
+        axes.set_xscale("asinh", linear_width=1.0)
+        bpd = {name: values - origin for name, values in bpd.items()}
+        edges = np.sinh(np.linspace(np.arcsinh(low - origin - 1), np.arcsinh(high - origin) * 1.02, 121))
+    else:
+        pad = 0.03 * max(high - low, 1e-3)
+        edges = np.linspace(low - pad, high + pad, 121)
     for i, (name, values) in enumerate(bpd.items()):
-        label, values = f"{name} (n = {len(values):,})", np.clip(values, edges[0], edges[-1])
-        if name == "train":
-            axes.hist(values, edges, density=True, histtype="step", color="black", linewidth=1.2, label=label)
-        else:
-            axes.hist(values, edges, density=True, alpha=0.5, color=f"C{i - 1}", label=label)
-    axes.set(xlabel="negative ELBO (bits per dimension)", ylabel="density", title=title, xlim=(edges[0], edges[-1]))
-    axes.legend(frameon=False)
+        style = {"histtype": "step", "color": "black", "linewidth": 1.2} if name == "train" else {
+            "alpha": 0.55, "color": f"C{i - 1}"}
+        axes.hist(np.clip(values, edges[0], edges[-1]), edges, weights=np.full(len(values), 1 / len(values)),
+                  label=f"{name} (n = {len(values):,})", **style)
+    axes.set(xlabel=label, ylabel="share of the set's images in a bin", title=title, xlim=(edges[0], edges[-1]))
+    axes.legend(frameon=False, loc="upper center" if far else "best")
     figure.savefig(path)
 
 
