@@ -58,19 +58,35 @@ def check_scores(names):
             raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}")
 
 
-def load_data(config, split, args, data=None):
-    """A split of the inliers, or of `data` converted to their shape, as the flags ask."""
-    images = load(data or config["data"], split, args.data_root, data and config["shape"], config["sprite_factors"],
+def load_inliers(config, split, args):
+    """The "train" or "test" part of the data that the model is for."""
+    images = load(config["data"], split, args.data_root, None, config["sprite_factors"],
                   config["skip_bad"] or args.skip_bad)
+    if list(images.pixels.shape[1:]) != config["shape"]:
+        raise UserError(f"the {split} images of {config['data']} are {list(images.pixels.shape[1:])}, the model is for "
+                        f"{config['shape']}: make them equal")
     return images.first(args.max_images or (TRAIN_IMAGES if split == "train" else None))
 
 
+def load_others(config, data, args):
+    """Images of `data`, a name or a path, converted to the shape of the inliers."""
+    return load(data, "all", args.data_root, config["shape"], config["sprite_factors"],
+                config["skip_bad"] or args.skip_bad).first(args.max_images)
+
+
 def load_outliers(config, args):
-    """The outlier sets by name: those of --outliers, else the paper's for the data set."""
-    names = args.outliers or PAIRS.get(config["data"], ["noise", "constant"])
-    if clash := {"train", "test"} & set(names):
+    """The outlier sets by name: those of --outliers, else the paper's for the data set, as far as they can be had."""
+    if clash := {"train", "test"} & set(args.outliers or ()):
         raise UserError(f"--outliers {clash.pop()}: the inliers' own parts are evaluated anyway; name another set")
-    return {name: load_data(config, "all" if Path(name).exists() else "test", args, name) for name in names}
+    sets = {}
+    for name in args.outliers or PAIRS.get(config["data"], ["noise", "constant"]):
+        try:
+            sets[name] = load_others(config, name, args)
+        except UserError as error:
+            if args.outliers:
+                raise
+            print(f"without the outliers {name}: {error}")
+    return sets
 
 
 def measure(model, config, images, args, label):
@@ -93,9 +109,6 @@ def write_csv(path, header, rows):
 def evaluate_outliers(model, config, sets, args, out):
     """Evaluate `sets` ({'train', 'test', outliers...: Images}), print the tables and write the files to `out`."""
     d = math.prod(config["shape"])
-    for name, images in sets.items():
-        for note in images.notes:
-            print(f"{name}: {note}")
     measured = {name: measure(model, config, images, args, name) for name, images in sets.items()}
     kl, active, cut, ratio = latent_spectrum(measured["train"][0]["kl_per_dim"])
     metrics = {"config": config, "gamma": model.log_gamma.exp().item(), "active_dims": active, "kappa": config["kappa"],
@@ -108,8 +121,10 @@ def evaluate_outliers(model, config, sets, args, out):
         row = {"n": len(likelihoods["nll"]), "bpd": bits_per_dim(nll, d), "bpd_iw": bits_per_dim(iw, d), "nll": nll,
                "nll_iw": iw, "mse": mse, "kl": kl_mean, "notes": sets[name].notes}
         metrics["sets"][name] = row
-        print(f"{name:<14}{row['n']:>8,}{row['bpd']:>9.3f}{row['bpd_iw']:>9.3f}{nll:>11.1f}{iw:>11.1f}{mse:>10.6f}"
-              f"{kl_mean:>9.2f}")
+        print(f"{name:<14}{row['n']:>8,}" + "".join(
+            f"{value:>{width}.{digits}f}" if abs(value) < 10 ** (width - digits - 2) else f"{value:>{width}.1e}"
+            for value, width, digits in ((row["bpd"], 9, 3), (row["bpd_iw"], 9, 3), (nll, 11, 1), (iw, 11, 1),
+                                         (mse, 10, 6), (kl_mean, 9, 2))) + "  " + "; ".join(sets[name].notes))
     print(f"\n{'score':<14}{'outliers':<14}{'AUROC [95% interval]':<26}{'AUPR':>7}{'FPR95':>8}"
           "     outliers are the positive class; a larger score is more outlying")
     outliers = [name for name in sets if name not in ("train", "test")]
@@ -123,7 +138,7 @@ def evaluate_outliers(model, config, sets, args, out):
                   f"{row['fpr95']:>8.4f}")
     if config["data"] == "sprites":
         print(f"\n{cut} of {config['kappa']} latent dimensions carry the data; the family has "
-              f"{config['sprite_factors']} (largest drop of the mean KL: {ratio:.1f}-fold)")
+              f"{config['sprite_factors']}" + (f" (largest drop of the mean KL: {ratio:.1f}-fold)" if ratio else ""))
     else:
         print(f"\n{active} of {config['kappa']} latent dimensions are active (mean KL above 0.05 nats); gamma = "
               f"{metrics['gamma']:.3g}")
@@ -145,11 +160,12 @@ def evaluate_outliers(model, config, sets, args, out):
 def score_images(model, config, args, out):
     """Flag the outliers among the images of --score at the false-alarm rate --fpr, by conformal p-values of the first
     score, calibrated on the inlier test images."""
-    own = load_data(config, "all", args, args.score)
-    test = load_data(config, "test", args)
+    own = load_others(config, args.score, args)
+    test = load_inliers(config, "test", args)
     if args.fpr < 1 / (len(test.pixels) + 1):
         raise UserError(f"--fpr {args.fpr:g} cannot be resolved with {len(test.pixels)} calibration images: the "
                         f"smallest p-value is {1 / (len(test.pixels) + 1):.2g}")
+    make_folder(out)
     for note in own.notes:
         print(f"{own.name}: {note}")
     if Path(args.score).resolve() == Path(config["data"]):
@@ -177,12 +193,12 @@ def main(args):
     model, config = checkpoint.load_model(args.ckpt, device)
     folder = Path(args.ckpt).parent
     out = Path(args.out or (folder / f"score-{Path(args.score).stem}" if args.score else folder))
-    make_folder(out)
     if args.score:
         score_images(model, config, args, out)
     else:
-        evaluate_outliers(model, config, {"train": load_data(config, "train", args), "test": load_data(config, "test", args)}
-                          | load_outliers(config, args), args, out)
+        sets = {part: load_inliers(config, part, args) for part in ("train", "test")} | load_outliers(config, args)
+        make_folder(out)
+        evaluate_outliers(model, config, sets, args, out)
 
 
 if __name__ == "__main__":

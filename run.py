@@ -15,7 +15,7 @@ from vae_ood.cli import Parser, add_evaluation_arguments, one_line_errors, posit
 
 RECIPES = {  # the paper's section 4; and ours, tuned on training and inlier test bits per dimension alone
     "paper": {"gamma": "learn", "lr": 1e-4, "schedule": "constant", "iters": 200_000},
-    "fast": {"gamma": "homotopy", "lr": 1e-3, "schedule": "cosine", "iters": 3000},
+    "fast": {"gamma": "homotopy", "lr": 2e-3, "schedule": "cosine", "iters": 9000},
 }
 
 
@@ -45,16 +45,20 @@ def parse_args():
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     group.add_argument("--checkpoint-seconds", type=float, default=60, metavar="S", help="between two checkpoints "
                        "(default 60)")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: where "
-                       "a compiler is found)")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on "
+                       "CUDA; on a CPU it gained nothing)")
     group.add_argument("--amp", action="store_true", help="train under bfloat16 autocast")
     group.add_argument("--no-eval", action="store_true", help="train only")
     add_evaluation_arguments(parser)
     args = parser.parse_args()
 
     args.recipe = args.recipe or ("fast" if args.data == "sprites" else "paper")
-    sprites = {"alpha": 0.25, "kappa": 4 * args.sprite_factors} if args.data == "sprites" else {}
-    for name, value in (RECIPES[args.recipe] | {"alpha": 1.0, "kappa": 32} | sprites).items():
+    defaults = RECIPES[args.recipe] | {"alpha": 1.0, "kappa": 32}
+    if args.data == "sprites":
+        defaults |= {"alpha": 0.25, "kappa": 4 * args.sprite_factors}
+        if args.recipe == "fast":
+            defaults["iters"] = 3000
+    for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.gamma not in ("learn", "optimal", "homotopy"):
@@ -71,11 +75,12 @@ if __name__ == "__main__":
     with one_line_errors():
         ARGS = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
 
+import functools
 import json
 import math
-import shutil
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -93,22 +98,21 @@ CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", 
           "batch_size", "lr", "seed", "amp")  # what determines the result; a resumed run must agree in all of it
 LOG_EVERY = 50  # steps
 GAMMA_IMAGES = 10_000  # training images whose MSE is the gamma of a finished `optimal` or `homotopy` run
-HOMOTOPY_END, HOMOTOPY_SHARE = math.exp(-7), 0.7
+MIN_GAMMA = 1e-10  # images that are reconstructed exactly have no finite log-likelihood
+HOMOTOPY_END, HOMOTOPY_SHARE = math.exp(-7), 0.35
+
+
+@functools.lru_cache(2)
+def permutation(seed, epoch, n):
+    """The order of the n images in an epoch."""
+    return generator(seed, SHUFFLE, epoch).permutation(n)
 
 
 def batch_indices(seed, step, batch_size, n):
     """The images of a step: positions step*B ... step*B + B - 1 of an endless sequence of shuffled epochs."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // n
-    out = np.empty(batch_size, np.int64)
-    for epoch in np.unique(epochs):
-        if epoch not in batch_indices.cache:
-            batch_indices.cache = {epoch: generator(seed, SHUFFLE, int(epoch)).permutation(n)}
-        out[epochs == epoch] = batch_indices.cache[epoch][positions[epochs == epoch] % n]
-    return out
-
-
-batch_indices.cache = {}
+    epochs = range(positions[0] // n, positions[-1] // n + 1)
+    return np.concatenate([permutation(seed, e, n)[positions[positions // n == e] % n] for e in epochs])
 
 
 def learning_rate(step, args):
@@ -120,9 +124,9 @@ def learning_rate(step, args):
 
 
 def gamma_floor(step, args):
-    """Homotopy: gamma = max(MSE of the batch, floor), the floor falling log-linearly from 1 to e^-7 over 70% of the
+    """Homotopy: gamma = max(MSE of the batch, floor), the floor falling log-linearly from 1 to e^-7 over 35% of the
     steps and staying there; `optimal` is the same without a floor."""
-    return HOMOTOPY_END ** min(1, step / (HOMOTOPY_SHARE * args.iters)) if args.gamma == "homotopy" else 0.0
+    return HOMOTOPY_END ** min(1, step / (HOMOTOPY_SHARE * args.iters)) if args.gamma == "homotopy" else MIN_GAMMA
 
 
 def loss_terms(model, x, eps, probe, floor, profiled, amp):
@@ -158,17 +162,13 @@ def open_log(path, step):
     return path.open("a")
 
 
-def can_compile():
-    """Whether torch.compile has what it needs: on a CPU a C++ compiler."""
-    return torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
-
-
 def train(args, images, out, device):
-    """Train on uint8 images [N, C, H, W] to args.iters, checkpointing to `out`; returns the model.
+    """Train on uint8 images [N, C, H, W] to args.iters, checkpointing to `out`; returns (model, config).
 
     Raises KeyboardInterrupt after a signal, and UserError where the loss is not finite; the checkpoint is good then.
     """
-    config = {name: getattr(args, name) for name in CONFIG} | {"shape": list(images.shape[1:])}
+    config = {name: getattr(args, name) for name in CONFIG} | {
+        "shape": list(images.shape[1:]), "images_crc32": zlib.crc32(images.numpy())}
     profiled = args.gamma in ("optimal", "homotopy")
     torch.manual_seed(args.seed)
     model = VAE(config["shape"], args.alpha, args.kappa, 1.0 if profiled or args.gamma == "learn" else args.gamma,
@@ -177,8 +177,6 @@ def train(args, images, out, device):
     optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
     step, seconds_before, ckpt = 0, 0.0, out / "ckpt.pt"
     if ckpt.exists():
-        if not args.resume:
-            raise UserError(f"{out} already holds a run: add --resume to go on with it, or give another --out")
         state = checkpoint.load(ckpt, device)
         for name, value in config.items():
             if state["config"].get(name) != value:
@@ -191,10 +189,12 @@ def train(args, images, out, device):
 
     images = images.to(device)
     n, d, b = len(images), images[0].numel(), args.batch_size
-    terms = torch.compile(loss_terms) if args.compile or args.compile is None and can_compile() else loss_terms
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    terms = torch.compile(loss_terms) if compiled else loss_terms
 
     def backward(step):
-        """Loss and gradients of a step. Its images and noise depend on (seed, step) alone: a resumed run repeats them."""
+        """Loss and gradients of a step; its images and noise depend on (seed, step) alone, so a resumed run repeats
+        them."""
         rng = generator(args.seed, TRAINING, step)
         x = images[torch.from_numpy(batch_indices(args.seed, step, b, n)).to(device)]
         eps = torch.from_numpy(rng.standard_normal((b, args.kappa), np.float32)).to(device)
@@ -207,100 +207,114 @@ def train(args, images, out, device):
         return loss.detach(), *rest, probe.grad
 
     def check(losses):
-        """The losses of the steps since the last check as floats; UserError if one, or a parameter, is not finite."""
+        """UserError if one of the losses since the last check, or a parameter, is not finite."""
         values = torch.stack(losses).tolist()
         bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
         if bad or not all(p.isfinite().all() for p in trained):
-            raise UserError(f"training diverged: the loss is {values[bad[0] if bad else -1]} at step "
-                            f"{step - len(values) + 1 + (bad[0] if bad else len(values) - 1)}; try a smaller --lr"
+            what = f"the loss is {values[bad[0]]}" if bad else "a parameter is not finite"
+            where = step - len(values) + 1 + bad[0] if bad else step
+            raise UserError(f"training diverged: {what} at step {where}; try a smaller --lr"
                             + (f" ({ckpt} keeps the last good state)" if ckpt.exists() else ""))
 
     signals = []
     handlers = {s: signal.signal(s, lambda number, frame: signals.append(number))
                 for s in (signal.SIGINT, signal.SIGTERM)}
-    if step < args.iters:
-        backward(step)  # a trial without an update: it compiles
-        started = time.perf_counter()
-        backward(step)[0].item()
-        expected = (time.perf_counter() - started) * (args.iters - step)
-        optimizer.zero_grad()
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n:,} training images, {args.iters - step:,} "
-              f"steps of {b} on {device.type}: about {duration(expected)}"
-              + ("; --recipe fast needs a fraction of that" if device.type == "cpu" and args.recipe == "paper" else ""),
-              flush=True)
-    first, losses = step, []
-    started = saved = logged = time.perf_counter()
     bar = Progress(args.iters, step)
-    with open_log(out / "log.jsonl", step) as log:
-        while step < args.iters and not signals:
-            loss, mse, gamma, kl, grad_z = backward(step)
-            logging = (step + 1) % LOG_EVERY == 0 or step + 1 == args.iters
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained]) if logging else None
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            optimizer.step()
+    try:
+        if step < args.iters:
+            try:
+                backward(step)  # a trial without an update: it compiles
+            except Exception as error:
+                if terms is loss_terms or args.compile:
+                    raise
+                print(f"training without torch.compile, which failed ({type(error).__name__}); see --no-compile")
+                terms = loss_terms
+                backward(step)
+            started = time.perf_counter()
+            backward(step)[0].item()
+            expected = (time.perf_counter() - started) * (args.iters - step)
             optimizer.zero_grad()
-            if profiled:  # what a checkpoint before the end is evaluated with: a running geometric mean of the MSE
-                with torch.no_grad():
-                    model.log_gamma.lerp_(mse.log(), 0.05)
-            losses.append(loss)
-            step += 1
-            now = time.perf_counter()
-            saving = now - saved > args.checkpoint_seconds
-            if logging or saving:
-                check(losses)
-            if logging:
-                speed = (step - first) * b / (now - started) if step - first < LOG_EVERY else LOG_EVERY * b / (now - logged)
-                record = {"step": step, "seconds": round(seconds_before + now - started, 3),
-                          "images_per_second": round(speed, 1), "loss": loss.item(), "bpd": bits_per_dim(loss.item(), d),
-                          "mse": mse.item(), "gamma": gamma.item(), "kl": kl.sum().item(),
-                          "grad_norm": grad_norm.item(),
-                          "grad_z_norm": b * grad_z.norm(dim=1).mean().item(),  # of one image's loss, mean over images
-                          "active_dims": int((kl > ACTIVE_NATS).sum())}
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                logged = now
-                left = duration((now - started) / (step - first) * (args.iters - step))
-                bar.update(step, f"bpd {record['bpd']:.3f}  gamma {record['gamma']:.5f}  {speed:.0f} images/s  {left} left")
-            if logging or saving:
-                losses = []
-            if saving:
-                checkpoint.save(ckpt, model, optimizer, step, config, seconds_before + now - started)
-                saved = time.perf_counter()
-    bar.close()
-    if losses:
-        check(losses)
-    if step == args.iters and profiled:
-        part = images[:GAMMA_IMAGES]
-        stats = evaluate(model, part, 1, args.seed, args.dequantize)
-        with torch.no_grad():
-            model.log_gamma.fill_(math.log(stats["mse"].mean()))
-    checkpoint.save(ckpt, model, optimizer, step, config, seconds_before + time.perf_counter() - started)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+            hint = "; --recipe fast needs a fraction of that" if device.type == "cpu" and args.recipe == "paper" else ""
+            print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n:,} training images, "
+                  f"{args.iters - step:,} steps of {b} on {device.type}: about {duration(expected)}{hint}", flush=True)
+        first, losses, text = step, [], ""
+        started = saved = logged = time.perf_counter()
+        with open_log(out / "log.jsonl", step) as log:
+            while step < args.iters and not signals:
+                loss, mse, gamma, kl, grad_z = backward(step)
+                logging = (step + 1) % LOG_EVERY == 0 or step + 1 == args.iters
+                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained]) if logging else None
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, args)
+                optimizer.step()
+                optimizer.zero_grad()
+                if profiled:  # what a checkpoint before the end is evaluated with: a running geometric mean
+                    with torch.no_grad():
+                        model.log_gamma.lerp_(mse.clamp(min=MIN_GAMMA).log(), 0.05)
+                losses.append(loss)
+                step += 1
+                now = time.perf_counter()
+                saving = now - saved > args.checkpoint_seconds
+                if logging or saving:
+                    check(losses)
+                    losses = []
+                if logging:
+                    speed = (step - max(first, (step - 1) // LOG_EVERY * LOG_EVERY)) * b / (now - logged)
+                    record = {"step": step, "seconds": round(seconds_before + now - started, 3),
+                              "images_per_second": round(speed, 1), "loss": loss.item(),
+                              "bpd": bits_per_dim(loss.item(), d), "mse": mse.item(), "gamma": gamma.item(),
+                              "kl": kl.sum().item(), "grad_norm": grad_norm.item(),
+                              "grad_z_norm": b * grad_z.norm(dim=1).mean().item(),  # of an image's own loss, on average
+                              "active_dims": int((kl > ACTIVE_NATS).sum())}
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                    logged = now
+                    left = duration((now - started) / (step - first) * (args.iters - step))
+                    text = f"bpd {record['bpd']:.3f}  gamma {record['gamma']:.5f}  {speed:.0f} images/s  {left} left"
+                bar.update(step, text)
+                if saving:
+                    checkpoint.save(ckpt, model, optimizer, step, config, seconds_before + now - started)
+                    saved = time.perf_counter()
+        seconds = seconds_before + time.perf_counter() - started
+        if losses:
+            check(losses)
+        if step == args.iters and profiled:
+            stats = evaluate(model, images[:GAMMA_IMAGES], 1, args.seed, args.dequantize)
+            with torch.no_grad():
+                model.log_gamma.fill_(math.log(max(stats["mse"].mean(), MIN_GAMMA)))
+        checkpoint.save(ckpt, model, optimizer, step, config, seconds)
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if signals:
         raise KeyboardInterrupt(f"step {step:,} is saved in {ckpt}: the same command with --resume goes on")
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), config
 
 
 def main(args):
     evaluation.check_scores(args.scores)
     device = pick_device(args.device)
     if args.data not in DATASETS and args.data != "sprites":
-        args.data = str(Path(args.data).resolve()) if Path(args.data).exists() else args.data
+        if not Path(args.data).exists():
+            raise UserError(f"unknown data '{args.data}': give a path that exists, or one of sprites, "
+                            f"{', '.join(DATASETS)}")
+        args.data = str(Path(args.data).resolve())
     name = Path(args.data).stem + (str(args.sprite_factors) if args.sprite_factors != 4 else "")
     out = Path(args.out or f"runs/{name}_a{args.alpha:g}_k{args.kappa}_s{args.seed}")
+    if (out / "ckpt.pt").exists() and not args.resume:
+        raise UserError(f"{out} already holds a run: add --resume to go on with it, or give another --out")
     images = load(args.data, "train", args.data_root, None, args.sprite_factors, args.skip_bad)
-    config = {"data": args.data, "shape": list(images.pixels.shape[1:]), "sprite_factors": args.sprite_factors,
-              "skip_bad": args.skip_bad}
     sets = {}
     if not args.no_eval:  # before the training, so that a missing file is not found out after it
+        config = vars(args) | {"shape": list(images.pixels.shape[1:])}
         sets = {"train": images.first(args.max_images or evaluation.TRAIN_IMAGES),
-                "test": evaluation.load_data(config, "test", args)} | evaluation.load_outliers(config, args)
+                "test": evaluation.load_inliers(config, "test", args)} | evaluation.load_outliers(config, args)
+    for note in images.notes:
+        print(f"train: {note}")
     make_folder(out)
-    model = train(args, images.pixels, out, device)
+    model, config = train(args, images.pixels, out, device)
     if sets:
-        config = checkpoint.load(out / "ckpt.pt")["config"]
         evaluation.evaluate_outliers(model, config, sets, args, out)
 
 

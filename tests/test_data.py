@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
@@ -105,7 +107,7 @@ def test_cifar10_archive_is_read_without_extracting(tmp_path):
 @pytest.mark.parametrize("content", [b"", bytes(3072), cifar(random_images(2, 3, 32, 32), label=200)])
 def test_bad_cifar10(tmp_path, content):
     put(tmp_path / "cifar10" / "test_batch.bin", content)
-    with pytest.raises(UserError, match="test_batch.bin is not a CIFAR-10 batch"):
+    with pytest.raises(UserError, match=r"test_batch\.bin is not a CIFAR-10 batch"):
         load("cifar10", "test", tmp_path)
 
 
@@ -165,16 +167,21 @@ def test_celeba_that_is_missing_says_where_to_get_it(tmp_path):
 # ---- downloads
 
 class Handler(BaseHTTPRequestHandler):
-    """/good/ serves the file, /wrong/ another one, /cut/ half of it, anything else 404."""
+    """/good/ serves the file, /wrong/ another one, /cut/ and /chunked/ a part of it, anything else 404."""
 
     content = gzip.compress(idx(random_images(40, 28, 28)))
 
     def do_GET(self):
         kind = self.path.split("/")[1]
-        if kind not in ("good", "wrong", "cut"):
+        if kind not in ("good", "wrong", "cut", "chunked"):
             self.send_error(404)
             return
         self.send_response(200)
+        if kind == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"fff\r\nfar fewer than announced")
+            return
         self.send_header("Content-Length", str(len(self.content)))
         self.end_headers()
         content = self.content[::-1] if kind == "wrong" else self.content
@@ -207,7 +214,8 @@ def test_download(tmp_path, serve):
     assert load("mnist", "test", tmp_path).pixels.shape == (40, 1, 28, 28)  # it is there: no second download
 
 
-@pytest.mark.parametrize(("kind", "message"), [("wrong", "MD5"), ("cut", "MD5|cut"), ("missing", "404")])
+@pytest.mark.parametrize(("kind", "message"), [("wrong", "MD5"), ("cut", "MD5"), ("missing", "404"),
+                                              ("chunked", "could not be downloaded")])
 def test_failed_download_leaves_nothing_and_can_be_repeated(tmp_path, serve, kind, message):
     serve(kind)
     with pytest.raises(UserError, match=message) as error:
@@ -221,7 +229,7 @@ def test_failed_download_leaves_nothing_and_can_be_repeated(tmp_path, serve, kin
 
 def test_without_a_network_one_line_names_file_address_and_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(data.DOWNLOADS, ("svhn", "test_32x32.mat"), ("http://127.0.0.1:9/", "0" * 32))
-    with pytest.raises(UserError, match=r"test_32x32\.mat is missing.*http://127\.0\.0\.1:9/test_32x32\.mat.*svhn"):
+    with pytest.raises(UserError, match=r"test_32x32\.mat is missing.*127\.0\.0\.1:9/test_32x32\.mat.*svhn"):
         fetch(tmp_path / "svhn", "test_32x32.mat")
 
 
@@ -242,18 +250,41 @@ def test_own_images_in_every_layout(tmp_path, layout):
     order = sorted(range(30), key=lambda i: (i % 3, i)) if layout == "folder" else range(30)
     np.testing.assert_array_equal(everything.pixels.numpy(), images[list(order)].transpose(0, 3, 1, 2))
     train, test = load(str(path), "train"), load(str(path), "test")
-    assert (len(train.pixels), len(test.pixels)) == (27, 3)
+    assert len(train.pixels) + len(test.pixels) == 30 and 1 <= len(test.pixels) <= 9
     union = {p.numpy().tobytes() for part in (train, test) for p in part.pixels}
     assert union == {p.numpy().tobytes() for p in everything.pixels}
     if layout == "folder":
         assert everything.files[0] == "class0/00.png" and set(test.files) < set(everything.files)
 
 
+def test_an_image_stays_in_its_part_when_others_join_and_duplicates_share_one(tmp_path):
+    images = random_images(300, 5, 5)
+    np.save(tmp_path / "a.npy", images)
+    np.save(tmp_path / "b.npy", np.concatenate([random_images(50, 5, 5), images, images[:100]]))
+    parts = {(name, split): [p.numpy().tobytes() for p in load(str(tmp_path / name), split).pixels]
+             for name in ("a.npy", "b.npy") for split in ("train", "test")}
+    assert 12 <= len(parts["a.npy", "test"]) <= 50  # a tenth, within four standard errors
+    for split in ("train", "test"):
+        assert set(parts["a.npy", split]) <= set(parts["b.npy", split])
+    assert not set(parts["b.npy", "train"]) & set(parts["b.npy", "test"])
+    order = [{i.tobytes(): n for n, i in enumerate(images)}[p] for p in parts["a.npy", "train"]]
+    assert abs(np.corrcoef(order, range(len(order)))[0, 1]) < 0.3  # shuffled: the first N are a fair sample
+
+
 def test_gray_arrays_and_ready_made_splits(tmp_path):
     np.save(tmp_path / "gray.npy", random_images(25, 5, 9))
     assert load(str(tmp_path / "gray.npy"), "all").pixels.shape == (25, 1, 5, 9)
-    np.savez(tmp_path / "split.npz", train_images=random_images(4, 8, 8), test_images=random_images(2, 8, 8))
-    assert [len(load(str(tmp_path / "split.npz"), s).pixels) for s in ("train", "test")] == [4, 2]
+    path = tmp_path / "split.npz"
+    np.savez(path, train_images=random_images(4, 8, 8), test_images=random_images(2, 8, 8))
+    assert [len(load(str(path), s).pixels) for s in ("train", "test", "all")] == [4, 2, 6]
+    np.savez(path, train_images=random_images(200, 8, 8))  # one array, whatever its name: split as any other
+    assert sum(len(load(str(path), s).pixels) for s in ("train", "test")) == 200
+    np.savez(path, train_images=random_images(4, 8, 8), test_images=random_images(2, 9, 9))
+    with pytest.raises(UserError, match="differ in shape"):
+        load(str(path), "all")
+    np.savez(path, a=random_images(4, 8, 8), b=random_images(4, 8, 8))
+    with pytest.raises(UserError, match="holds the arrays a, b"):
+        load(str(path), "all")
 
 
 def test_pictures_of_every_mode(tmp_path):
@@ -282,13 +313,17 @@ def test_mixed_sizes_are_refused_for_training_and_converted_for_scoring(tmp_path
     save_picture(tmp_path / "b.png", random_images(10, 12))
     with pytest.raises(UserError, match="differ in size"):
         load(str(tmp_path), "all")
-    assert load(str(tmp_path), "all", shape=(3, 6, 6)).pixels.shape == (2, 3, 6, 6)
+    images = load(str(tmp_path), "all", shape=(3, 6, 6))
+    assert images.pixels.shape == (2, 3, 6, 6) and images.notes == ["converted from various sizes"]
+    (tmp_path / "b.png").unlink()
+    assert load(str(tmp_path), "all", shape=(3, 6, 6)).notes == ["converted from 1x8x8"]
 
 
 @pytest.mark.parametrize(("array", "message"), [
     (np.full((3, 4, 4), np.nan), "NaN"),
-    (np.full((3, 4, 4), 7.5), "scale them"),
-    (np.full((3, 4, 4), -3), "outside of 0..255"),
+    (np.full((3, 4, 4), 7.5), "from 7.5 to 7.5"),
+    (np.full((3, 4, 4), -3), "from -3 to -3"),
+    (np.full((3, 4, 4), "x"), "save uint8"),
     (random_images(3, 4, 4, 7), "shape"),
     (random_images(3, 4), "shape"),
     (random_images(0, 4, 4), "shape"),
@@ -369,4 +404,40 @@ def test_generators_are_repeatable_and_independent():
 def test_to_unit():
     pixels = torch.tensor([0, 128, 255], dtype=torch.uint8)
     torch.testing.assert_close(to_unit(pixels), torch.tensor([0, 128 / 255, 1]))
-    torch.testing.assert_close(to_unit(pixels, torch.tensor([0, 0.5, 0.5])), torch.tensor([0, 128.5 / 256, 255.5 / 256]))
+    dequantised = torch.tensor([0, 128.5 / 256, 255.5 / 256])
+    torch.testing.assert_close(to_unit(pixels, torch.tensor([0, 0.5, 0.5])), dequantised)
+
+
+# ---- mutated files: the project's own error or a good result, nothing else
+
+def check_mutations(path, content, read):
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(st.integers(0, len(content) - 1), st.binary(min_size=1, max_size=8), st.integers(0, len(content)))
+    def check(position, replacement, length):
+        path.write_bytes((content[:position] + replacement + content[position + len(replacement):])[:length])
+        try:
+            assert read().pixels.dtype == torch.uint8
+        except UserError as error:
+            assert "\n" not in str(error)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["idx", "idx.gz", "cifar10", "npy", "npz", "png"])
+def test_mutated_files(tmp_path, kind):
+    images = random_images(3, 3, 32, 32) if kind == "cifar10" else random_images(3, 8, 8)
+    folder, buffer = tmp_path / "mnist", io.BytesIO()
+    folder.mkdir()
+    if kind.startswith("idx"):
+        path = folder / ("t10k-images-idx3-ubyte" + kind[3:])
+        content = gzip.compress(idx(images)) if kind == "idx.gz" else idx(images)
+        check_mutations(path, content, lambda: load("mnist", "test", tmp_path))
+    elif kind == "cifar10":
+        (tmp_path / "cifar10").mkdir()
+        path = tmp_path / "cifar10" / "test_batch.bin"
+        check_mutations(path, cifar(images), lambda: load("cifar10", "test", tmp_path))
+    else:
+        {"npy": np.save, "npz": np.savez_compressed, "png": lambda b, i: Image.fromarray(i[0]).save(b, "PNG")}[kind](
+            buffer, images)
+        path = folder / f"a.{kind}"
+        check_mutations(path, buffer.getvalue(), lambda: load(str(folder if kind == "png" else path), "all"))

@@ -58,7 +58,8 @@ def test_exact_posterior_gives_the_exact_likelihood_for_every_k(pixels, k):
 def test_inexact_posterior_converges_from_above(pixels):
     model = LinearVAE(shift=0.7, widen=1.4)
     exact = model.exact_nll(pixels)
-    runs = {k: np.stack([evaluate(model, pixels, k, seed=s)["iw_nll"] - exact for s in range(20)]) for k in (1, 8, 64, 512)}
+    runs = {k: np.stack([evaluate(model, pixels, k, seed=s)["iw_nll"] - exact for s in range(20)])
+            for k in (1, 8, 64, 512)}
     gaps = [runs[k].mean() for k in runs]
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > 0.5 and 0 < gaps[-1] < 0.02
@@ -143,6 +144,6 @@ def test_chunks_keep_to_the_memory_budget(monkeypatch):
         peak = max(peak, held)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):  # every activation kept: more than inference holds
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):  # keeps all activations: more than inference
         model.decode(torch.randn(n, 8))
     assert n > 1 and peak < 1.5 * 8 * 2**20

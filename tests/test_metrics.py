@@ -73,5 +73,6 @@ def test_latent_spectrum_finds_the_cut():
     kl, active, cut, ratio = latent_spectrum(np.array([0.01, 3.0, 0.02, 5.0, 4.0]))
     assert (kl.tolist(), active, cut) == ([5.0, 4.0, 3.0, 0.02, 0.01], 3, 3)
     assert ratio == pytest.approx(150)
-    assert latent_spectrum(np.array([2.0]))[1:3] == (1, 1)
+    assert latent_spectrum(np.array([2.0]))[1:] == (1, 1, None)
+    assert latent_spectrum(np.full(16, 1e-3))[1:] == (0, 0, None)  # collapsed
     assert latent_spectrum(np.array([1.0, 0.0]))[2] == 1

@@ -27,7 +27,8 @@ def write_atomic(path, data):
         except OSError:
             pass
         kept = "; the one saved before is kept" if Path(path).exists() else ""
-        raise UserError(f"cannot save {path} ({error.strerror}){kept}: free some space or choose another --out") from None
+        raise UserError(f"cannot save {path} ({error.strerror}){kept}: free some space or choose another "
+                        "--out") from None
 
 
 def save(path, model, optimizer, step, config, seconds=0.0):

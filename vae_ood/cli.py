@@ -1,6 +1,7 @@
 """What run.py and eval.py share on the command line: arguments, one-line errors, progress. Imports no torch."""
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -23,6 +24,9 @@ def one_line_errors():
         yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, an unreadable file
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{'; ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
@@ -63,8 +67,9 @@ def positive_float(text):
 
 
 def pick_device(name):
-    """The torch device of --device; UserError where cuda is asked for and there is none."""
+    """The torch device of --device, made deterministic; UserError where cuda is asked for and there is none."""
     import torch
+    torch.backends.cudnn.deterministic = True  # a resumed run repeats an uninterrupted one bit for bit
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
@@ -84,7 +89,7 @@ def make_folder(path):
 def duration(seconds):
     """A duration for people: '48 s', '12 min', '3.4 h', '2.1 days'."""
     for unit, size in (("days", 86400), ("h", 3600)):
-        if seconds >= 2 * size or unit == "h" and seconds >= size:
+        if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
@@ -93,16 +98,13 @@ class Progress:
     """A tqdm bar where tqdm is installed and stderr is a terminal, else a line now and then."""
 
     def __init__(self, total, initial=0, label="step"):
-        self.total, self.label, self.shown, self.bar = total, label, time.monotonic(), None
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-                self.bar = tqdm(total=total, initial=initial, unit=label, leave=False, dynamic_ncols=True)
-            except ImportError:
-                pass
+        self.total, self.initial, self.label, self.shown, self.bar = total, initial, label, time.monotonic(), None
 
     def update(self, done, text="", seconds=5.0):
         """Show that `done` of the total are done; a plain line at most every `seconds` and at the end."""
+        if self.bar is None and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+            from tqdm import tqdm
+            self.bar = tqdm(total=self.total, initial=self.initial, unit=self.label, leave=False, dynamic_ncols=True)
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(done - self.bar.n)

@@ -6,6 +6,7 @@ there are used as they are. Nothing is unpickled and no path out of an archive i
 
 import gzip
 import hashlib
+import http.client
 import io
 import os
 import re
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 
 from vae_ood import UserError
 
-SHUFFLE, TRAINING, EVALUATION, RENDERING, SPLIT = range(5)  # streams of random numbers
+SHUFFLE, TRAINING, EVALUATION, RENDERING = range(4)  # streams of random numbers
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -71,13 +72,16 @@ def default_root():
 
 
 def load(data, split, root=None, shape=None, factors=4, skip_bad=False):
-    """Load `data`, a name in DATASETS or OUTLIERS or a path to own images, as `Images`.
+    """Load `data`, a name in DATASETS, SPRITES or SYNTHETIC or a path to own images, as `Images`.
 
-    split: "train", "test", or for own images also "all". shape: (C, H, W) to convert to, needed by the sets made up
-    to fit the inliers (noise, constant). factors: the intrinsic dimension of the sprites. skip_bad: leave undecodable
-    pictures out instead of refusing them. Raises UserError for whatever cannot be read.
+    split: "train", "test", or "all" of own images (of a named set: its test part). shape: (C, H, W) to convert to,
+    needed by SYNTHETIC, the sets made up to fit the inliers. factors: the intrinsic dimension of the sprites.
+    skip_bad: leave undecodable pictures out instead of refusing them. Raises UserError for whatever cannot be read.
     """
     root = Path(root) if root else default_root()
+    names = [*DATASETS, *SPRITES, *SYNTHETIC]
+    if data in names and split == "all":
+        split = "test"
     if data in DATASETS:
         images = DATASETS[data](root / data, split)
     elif data in SPRITES:
@@ -89,16 +93,11 @@ def load(data, split, root=None, shape=None, factors=4, skip_bad=False):
     elif Path(data).exists():
         images = own_images(Path(data), split, shape, skip_bad)
     else:
-        raise UserError(f"unknown data '{data}': it is neither a path that exists nor one of {', '.join(names())}")
+        raise UserError(f"unknown data '{data}': it is neither a path that exists nor one of {', '.join(names)}")
     if shape and tuple(images.pixels.shape[1:]) != tuple(shape):
         images.notes.append(f"converted from {'x'.join(map(str, images.pixels.shape[1:]))}")
         images.pixels = convert(images.pixels, shape)
     return images
-
-
-def names():
-    """The names that `load` knows; a data set to train on is one of the first len(DATASETS) + 1."""
-    return [*DATASETS, *SPRITES, *SYNTHETIC]
 
 
 def convert(pixels, shape):
@@ -113,7 +112,7 @@ def convert(pixels, shape):
         crop = max(1, h * width // height)
         pixels = pixels[:, :, :, (w - crop) // 2:(w - crop) // 2 + crop]
     out = []
-    for part in pixels.split(1000):
+    for part in pixels.split(max(1, 2**25 // pixels[0].numel())):  # bounded float copies
         part = part.float()
         if part.shape[1] == 3 and channels == 1:
             part = (part * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
@@ -147,11 +146,12 @@ def fetch(folder, filename):
             raise UserError(f"{filename} arrived damaged or cut off (MD5 {digest.hexdigest()}, expected {md5}): "
                             f"try again, or {hint}")
         os.replace(part, path)
-    except OSError as error:  # urllib's errors are OSErrors
+    except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
         raise UserError(f"{path} is missing and could not be downloaded ({error}): {hint}") from None
     finally:
         socket.setdefaulttimeout(timeout)
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
     return path
 
 
@@ -226,7 +226,7 @@ def _celeba(folder, split):
     elif archive.exists():
         try:
             with zipfile.ZipFile(archive) as file:
-                pictures = {os.path.basename(n): file.read(n) for n in file.namelist() if n.endswith(".jpg")}
+                pictures = {os.path.basename(n): n for n in file.namelist() if n.endswith(".jpg")}
         except (zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
             raise UserError(f"{archive} is truncated or damaged ({error}): delete it or replace it") from None
     if not pictures:
@@ -244,6 +244,12 @@ def _celeba(folder, split):
         raise UserError(f"cannot tell the split of CelebA in {folder} ({error}): put the official "
                         "list_eval_partition.txt beside the pictures") from None
     chosen = sorted(name for name in pictures if of.get(name) == {"train": 0, "test": 2}[split])
+    if archive.exists() and isinstance(next(iter(pictures.values())), str):
+        try:
+            with zipfile.ZipFile(archive) as file:
+                pictures = {name: file.read(pictures[name]) for name in chosen}
+        except (zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
+            raise UserError(f"{archive} is truncated or damaged ({error}): delete it or replace it") from None
     if not chosen:
         raise UserError(f"none of the {len(pictures):,} pictures in {folder} is in CelebA's {split} partition: "
                         "add the missing pictures")
@@ -267,8 +273,10 @@ DATASETS = {"fashionmnist": _idx, "mnist": _idx, "cifar10": _cifar10, "svhn": _s
 def own_images(path, split="all", shape=None, skip_bad=False):
     """A folder of pictures (recursively), a .npy or a .npz as `Images`.
 
-    split "test" is a fixed random tenth, "train" the rest, "all" everything; an .npz with arrays train_images and
-    test_images is split by them. Pictures of different sizes are converted to `shape` one by one where it is given.
+    split "test" is about a tenth, "train" the rest, "all" everything. An image's part depends on its pixels alone, so
+    adding images moves none from one part to the other and a duplicate is never in both; within a part the order is
+    random too. An .npz with arrays train_images and test_images is split by them. Pictures of different sizes are
+    converted to `shape` one by one where it is given.
     """
     if path.is_dir():
         images = _folder(path, shape, skip_bad)
@@ -279,13 +287,13 @@ def own_images(path, split="all", shape=None, skip_bad=False):
         raise UserError(f"{path} is neither a folder of pictures nor a .npy or .npz file")
     if split == "all":
         return images
-    n = len(images.pixels)
-    if n < 20:
-        raise UserError(f"{path} holds {n} images: at least 20 are needed for a training and a test part")
-    order = generator(0, SPLIT).permutation(n)
-    chosen = np.sort(order[:n // 10] if split == "test" else order[n // 10:])
-    images.notes.append(f"{split}: {len(chosen):,} of {n:,} images, a fixed random split")
-    return replace(images, pixels=images.pixels[torch.from_numpy(chosen)],
+    digests = [hashlib.blake2b(p.numpy().tobytes(), digest_size=8).digest() for p in images.pixels]
+    n, order = len(digests), sorted(range(len(digests)), key=digests.__getitem__)
+    chosen = [i for i in order if (digests[i][-1] % 10 == 0) == (split == "test")]
+    if not 0 < len(chosen) < n:
+        raise UserError(f"{path} holds {n} images or duplicates: too few for a training and a test part")
+    images.notes.append(f"{len(chosen):,} of {n:,} images are the {split} part")
+    return replace(images, pixels=images.pixels[torch.tensor(chosen)],
                    files=images.files and [images.files[i] for i in chosen])
 
 
@@ -303,8 +311,7 @@ def _decode(source, name):
             gray = picture.mode in ("1", "L", "LA")
             pixels = np.array(picture.convert("L" if gray else "RGB"))
     except Exception as error:  # Pillow raises nearly anything on a damaged file
-        raise UserError(f"cannot decode the picture {name} ({type(error).__name__}): remove it, or leave out all such "
-                        "pictures with --skip-bad") from None
+        raise UserError(f"cannot decode the picture {name} ({type(error).__name__}): replace or remove it") from None
     return pixels[None] if gray else pixels.transpose(2, 0, 1)
 
 
@@ -313,13 +320,16 @@ def _folder(path, shape, skip_bad):
     if not files:
         raise UserError(f"the folder {path} holds no pictures ({' '.join(sorted(PICTURES))})")
 
+    sizes = set()
+
     def picture(file):
         try:
             pixels = torch.from_numpy(np.ascontiguousarray(_decode(file, file)))
-        except UserError:
-            if skip_bad:
+        except UserError as error:
+            if skip_bad and "cannot decode" in str(error):
                 return None
-            raise
+            raise UserError(f"{error}, or leave out all that cannot be decoded with --skip-bad") from None
+        sizes.add(tuple(pixels.shape))
         return convert(pixels[None], shape)[0] if shape else pixels
 
     with ThreadPoolExecutor() as pool:
@@ -330,29 +340,40 @@ def _folder(path, shape, skip_bad):
     first, channels = good[0][1], max(p.shape[0] for _, p in good)
     for name, p in good:
         if p.shape[1:] != first.shape[1:]:
-            raise UserError(f"the pictures in {path} differ in size ({good[0][0]} is {first.shape[2]}x{first.shape[1]}, "
-                            f"{name} is {p.shape[2]}x{p.shape[1]}): resize them to one size first")
+            raise UserError(f"the pictures in {path} differ in size ({good[0][0]} is {first.shape[2]}x"
+                            f"{first.shape[1]}, {name} is {p.shape[2]}x{p.shape[1]}): resize them to one size first")
     notes = [f"left out {len(files) - len(good):,} undecodable pictures"] if len(good) < len(files) else []
+    if shape and sizes != {tuple(shape)}:
+        notes.append(f"converted from {'x'.join(map(str, sizes.pop())) if len(sizes) == 1 else 'various sizes'}")
     return Images(str(path), torch.stack([p.expand(channels, -1, -1) for _, p in good]), notes, [n for n, _ in good])
 
 
 def _arrays(path, split):
     """The images of a .npy or .npz, and whether they are already the asked split."""
-    done = False
     try:
         loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # mmap checks the size that the header claims
         if isinstance(loaded, np.ndarray):
-            array = loaded
-        else:
-            keys, done = loaded.files, f"{split}_images" in loaded.files
-            key = f"{split}_images" if done else "images" if "images" in keys else keys[0] if len(keys) == 1 else None
-            if key is None:
-                raise UserError(f"{path} holds the arrays {', '.join(keys)}: name one of them 'images', "
-                                "or two of them 'train_images' and 'test_images'")
-            array = loaded[key]
+            return Images(str(path), _pixels(loaded, path)), False
+        with loaded:
+            parts = ["train_images", "test_images"]
+            if set(parts) <= set(loaded.files):
+                wanted = parts if split == "all" else [f"{split}_images"]
+            elif "images" in loaded.files or len(loaded.files) == 1:
+                wanted = ["images" if "images" in loaded.files else loaded.files[0]]
+            else:
+                raise UserError(f"{path} holds the arrays {', '.join(loaded.files)}: name one of them 'images', or two "
+                                "of them 'train_images' and 'test_images'")
+            pixels = [_pixels(loaded[key], path) for key in wanted]
+            if len({p.shape[1:] for p in pixels}) > 1:
+                raise UserError(f"the training and test images of {path} differ in shape: make them equal")
+            return Images(str(path), torch.cat(pixels)), wanted[0] in parts
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
         raise UserError(f"{path} is not a readable array file without pickled objects "
                         f"({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+
+
+def _pixels(array, path):
+    """uint8 [N, C, H, W] from an array of images in one of the accepted layouts and types."""
     if array.ndim == 3:
         array = array[:, None]
     elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
@@ -360,16 +381,19 @@ def _arrays(path, split):
     if array.ndim != 4 or array.shape[1] not in (1, 3) or not array.size:
         raise UserError(f"{path} has the shape {array.shape}: images must be NxHxW, NxHxWxC or NxCxHxW with 1 or 3 "
                         "channels")
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
+    kind = array.dtype.kind
+    if kind not in "iuf":
+        raise UserError(f"{path} holds {array.dtype}: save uint8, or floats in [0, 1]")
+    out = np.empty(array.shape, np.uint8)
+    for start in range(0, len(array), 1000):  # in parts: a float64 copy of the whole would be eight times as large
+        part = array[start:start + 1000]
+        if kind == "f" and not np.isfinite(part).all():
             raise UserError(f"{path} holds NaN or infinite pixels: clean it first")
-        if array.min() < 0 or array.max() > 1:
-            raise UserError(f"{path} holds floats from {array.min():g} to {array.max():g}: scale them to [0, 1], or "
-                            "save uint8")
-        array = np.rint(array * 255)
-    elif array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
-        raise UserError(f"{path} holds {array.dtype} outside of 0..255: save uint8, or floats in [0, 1]")
-    return Images(str(path), torch.from_numpy(np.array(array, np.uint8, order="C"))), done
+        if part.min() < 0 or part.max() > (1 if kind == "f" else 255):
+            raise UserError(f"{path} holds {array.dtype} from {part.min():g} to {part.max():g}: save uint8, or scale "
+                            "floats to [0, 1]")
+        out[start:start + 1000] = np.rint(part * 255) if kind == "f" else part
+    return torch.from_numpy(out)
 
 
 # ---- embedded data -----------------------------------------------------------------------------------------------

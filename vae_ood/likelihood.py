@@ -51,7 +51,7 @@ def log_weights(squared_error, d, gamma, mu, log_sigma, eps):
 
 def chunk_size(model):
     """How many latent codes the decoder may take at once within MEMORY_BUDGET."""
-    floats, size = math.prod(model.code_shape), model.code_shape[1] * model.code_shape[2]
+    floats, size = math.prod(model.code_shape) + 4 * model.kappa, model.code_shape[1] * model.code_shape[2]
     for conv in model.decoder:
         size *= 4  # each stage doubles height and width (at most)
         floats += conv.out_channels * size
@@ -59,6 +59,7 @@ def chunk_size(model):
 
 
 @torch.inference_mode()
+@torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)  # TF32 would be off by 1e-3
 def evaluate(model, images, iw_samples, seed=0, dequantize=False, progress=lambda done: None):
     """Per-image likelihoods of uint8 `images` [N, C, H, W] under `model`.
 

@@ -58,10 +58,12 @@ def latent_spectrum(kl_per_dim):
     """The mean KLs [kappa] in nats, sorted descending, with the place and size of their cut-off.
 
     Returns (sorted, number of active dimensions, cut, ratio): `ratio` is the largest between consecutive values and
-    `cut` the number of dimensions before it.
+    `cut` the number of dimensions before it. Without an active dimension, or with kappa = 1, there is no cut-off:
+    `cut` is the number of active dimensions and `ratio` None.
     """
     kl = np.sort(np.maximum(kl_per_dim, 0))[::-1]
-    if len(kl) == 1:
-        return kl, int((kl > ACTIVE_NATS).sum()), 1, float("inf")
+    active = int((kl > ACTIVE_NATS).sum())
+    if not active or len(kl) == 1:
+        return kl, active, active, None
     ratios = kl[:-1] / np.maximum(kl[1:], 1e-12)
-    return kl, int((kl > ACTIVE_NATS).sum()), int(ratios.argmax()) + 1, float(ratios.max())
+    return kl, active, int(ratios.argmax()) + 1, float(ratios.max())

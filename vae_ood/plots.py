@@ -55,8 +55,9 @@ def mutual_information(path, kl_per_dim, title):
     figure, axes = _figure()
     k = np.arange(1, len(kl) + 1)
     axes.semilogy(k, np.maximum(kl, 1e-6), "o-", markersize=4, linewidth=1)
-    axes.axhline(ACTIVE_NATS, color="gray", linestyle=":", label=f"active above {ACTIVE_NATS} nats: {active} of {len(kl)}")
-    if cut < len(kl):
+    label = f"active above {ACTIVE_NATS} nats: {active} of {len(kl)}"
+    axes.axhline(ACTIVE_NATS, color="gray", linestyle=":", label=label)
+    if ratio is not None:
         axes.axvline(cut + 0.5, color="C3", linestyle="--", label=f"largest drop: {ratio:.1f}-fold after {cut}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="latent dimension, sorted", ylabel="mean KL (nats)", title=title)

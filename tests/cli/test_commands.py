@@ -93,14 +93,16 @@ def test_score_own_images(tiny_run, command, tmp_path):
     assert list(table[0]) == ["file", "nll", "iw_nll", "p_value", "outlier"] and len(table) == 80
     for row in table:
         assert row["outlier"] == str(int(float(row["p_value"]) <= 0.1))
-    flagged = {kind: sum(int(r["outlier"]) for r in table if r["file"].startswith(kind)) for kind in ("sprites", "discs")}
+    flagged = {kind: sum(int(r["outlier"]) for r in table if r["file"].startswith(kind))
+               for kind in ("sprites", "discs")}
     assert flagged["discs"] >= 39 and flagged["sprites"] <= 14  # 10% of 40, four standard errors above
     assert f"{sum(flagged.values())} of 80 images flagged at p <= 0.1" in result.stdout
     assert (out / "scores.csv").exists() and len(rows(out / "scores.csv")) == 2100  # the evaluation's are kept
 
     np.save(tmp_path / "mine.npy", load("noise", "test", shape=(3, 20, 30)).pixels[:5])  # another size and colour
     command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path / "mine.npy", "--out", tmp_path / "s")
-    assert [(r["index"], r["outlier"]) for r in rows(tmp_path / "s" / "scores.csv")] == [(str(i), "1") for i in range(5)]
+    flags = [(r["index"], r["outlier"]) for r in rows(tmp_path / "s" / "scores.csv")]
+    assert flags == [(str(i), "1") for i in range(5)]
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2])
@@ -122,35 +124,37 @@ def parameters(out):
     return checkpoint.load(out / "ckpt.pt")["model"]
 
 
-def interrupted_run(arguments, out, seed, delay):
-    """Start the command over and over, ending it by one signal after another; how often it was ended."""
-    rng, ended = random.Random(seed), 0
-    signals = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
-    for attempt in range(30):
+def interrupted_run(arguments, out, seed):
+    """Start the command over and over, ending it by one signal after another once it has logged a step or two."""
+    rng, log = random.Random(seed), out / "log.jsonl"
+
+    def logged():
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL, None):
+        goal = logged() + rng.choice((1, 2))
         process = subprocess.Popen([sys.executable, *map(str, arguments), "--out", out, "--resume"], cwd=ROOT,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        process.stdout.readline()  # past the imports
-        if attempt < len(signals):
-            time.sleep(rng.uniform(0, delay))
-            process.send_signal(signals[attempt])
+        if number is not None:
+            while logged() < goal:
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.2))
+            process.send_signal(number)
         output, _ = process.communicate(timeout=300)
-        if process.returncode == 0:
-            return ended
-        assert process.returncode in (130, -signal.SIGKILL), output
-        ended += 1
-    raise AssertionError("never finished")
+        assert process.returncode == {None: 0, signal.SIGKILL: -signal.SIGKILL}.get(number, 130), output
 
 
 @pytest.mark.parametrize("gamma", ["homotopy", "learn"])
 def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(command, tmp_path, gamma):
-    arguments = (*TINY, "--iters", 500, "--gamma", gamma, "--no-eval", "--checkpoint-seconds", 0)
+    arguments = (*TINY, "--iters", 700, "--gamma", gamma, "--no-eval", "--checkpoint-seconds", 0.02)
     command(*arguments, "--out", tmp_path / "whole")
-    assert interrupted_run(arguments, tmp_path / "pieces", gamma, 1.5) >= 2
+    interrupted_run(arguments, tmp_path / "pieces", gamma)
     whole, pieces = parameters(tmp_path / "whole"), parameters(tmp_path / "pieces")
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
             for name in ("whole", "pieces")]
-    assert [r["step"] for r in logs[1]] == list(range(50, 501, 50))
+    assert [r["step"] for r in logs[1]] == list(range(50, 701, 50))
     for a, b in zip(*logs, strict=True):
         for key in set(a) - {"seconds", "images_per_second"}:
             assert a[key] == b[key]
@@ -158,11 +162,23 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(command
 
 @pytest.mark.slow
 def test_compiled_run_resumes_bit_for_bit(command, tmp_path):
-    arguments = ("run.py", "--iters", 600, "--no-eval", "--checkpoint-seconds", 0.2, "--compile")
+    arguments = ("run.py", "--iters", 700, "--no-eval", "--checkpoint-seconds", 0.2, "--compile")
     command(*arguments, "--out", tmp_path / "whole")
-    assert interrupted_run(arguments, tmp_path / "pieces", 0, 4) >= 2
+    interrupted_run(arguments, tmp_path / "pieces", 0)
     whole, pieces = parameters(tmp_path / "whole"), parameters(tmp_path / "pieces")
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factors", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_latent_spectrum_shows_the_dimension_of_the_sprites(command, tmp_path, factors, seed):
+    command("run.py", "--sprite-factors", factors, "--seed", seed, "--out", tmp_path, "--scores", "nll",
+            "--max-images", 2000, "--iw-samples", 1)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["kappa"] == 4 * factors
+    assert metrics["spectrum_cut"] == factors and metrics["spectrum_ratio"] >= 5
+    assert all(row["auroc"] >= 0.95 for row in metrics["scores"]["nll"].values())
 
 
 def test_half_written_log_and_flags_that_differ(command, tmp_path):
@@ -172,6 +188,7 @@ def test_half_written_log_and_flags_that_differ(command, tmp_path):
         file.write('{"step": 150, "seconds": 3.1}\n{"step": 2')
     assert refused(command(*arguments, "--iters", 100, check=False), "already holds a run", "--resume")
     assert refused(command(*arguments, "--iters", 200, "--resume", check=False), "iters = 100, not 200")
+    assert len((tmp_path / "a" / "log.jsonl").read_text().splitlines()) == 4  # nothing was touched
     command(*arguments, "--iters", 100, "--resume")
     lines = (tmp_path / "a" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [50, 100]
@@ -188,9 +205,11 @@ def test_half_written_log_and_flags_that_differ(command, tmp_path):
     (["--gamma", "-1"], ["--gamma"]),
     (["--gamma", "best"], ["--gamma", "learn, optimal, homotopy"]),
     (["--outliers", "letters"], ["unknown data 'letters'"]),
+    (["--data", "noise"], ["unknown data 'noise'"]),
     (["--scores", "magic"], ["unknown score 'magic'", "nll, iw_nll"]),
     (["--outliers", "test"], ["--outliers test"]),
     (["--data", "celeba", "--data-root", "/nowhere"], ["CelebA is not in /nowhere/celeba"]),
+    (["--outliers", "celeba", "--data-root", "/nowhere"], ["CelebA is not in /nowhere/celeba"]),
     (["--seed", "-1"], ["--seed"]),
 ])
 def test_run_refuses_in_one_line(command, tmp_path, arguments, words):
@@ -264,7 +283,8 @@ def test_own_data_end_to_end(command, tmp_path):
     np.save(tmp_path / "mine.npy", load("sprites", "test").pixels[:200, 0, ::2, ::2])
     result = command(*TINY, "--data", tmp_path / "mine.npy", "--recipe", "fast", "--iters", 20, "--out", tmp_path / "r",
                      "--dequantize", "--amp", "--iw-samples", 1)
-    assert "180 of 200 images" in result.stdout and "noise" in result.stdout and "constant" in result.stdout
+    assert re.search(r"train: 1[78]\d of 200 images are the train part", result.stdout)
+    assert "noise" in result.stdout and "constant" in result.stdout
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "tqdm", "PIL", "scipy"])
@@ -273,8 +293,8 @@ def test_without_an_optional_package(command, tiny_run, tmp_path, package):
     (tmp_path / "hide" / "sitecustomize.py").write_text(f"import sys\nsys.modules['{package}'] = None\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "hide")}
     out, _ = tiny_run
-    result = command("eval.py", "--ckpt", out / "ckpt.pt", "--iw-samples", 1, "--max-images", 20, "--out", tmp_path / "o",
-                     env=environment)
+    result = command("eval.py", "--ckpt", out / "ckpt.pt", "--iw-samples", 1, "--max-images", 20, "--out",
+                     tmp_path / "o", env=environment)
     assert ("no figures: pip install matplotlib" in result.stdout) == (package in ("matplotlib", "PIL"))  # it needs PIL
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path, "--out", tmp_path / "p", check=False,
