@@ -356,7 +356,7 @@ def _arrays(path, split):
             return Images(str(path), _pixels(loaded, path)), False
         with loaded:
             parts = ["train_images", "test_images"]
-            if set(parts) <= set(loaded.files):
+            if ready := set(parts) <= set(loaded.files):
                 wanted = parts if split == "all" else [f"{split}_images"]
             elif "images" in loaded.files or len(loaded.files) == 1:
                 wanted = ["images" if "images" in loaded.files else loaded.files[0]]
@@ -366,8 +366,10 @@ def _arrays(path, split):
             pixels = [_pixels(loaded[key], path) for key in wanted]
             if len({p.shape[1:] for p in pixels}) > 1:
                 raise UserError(f"the training and test images of {path} differ in shape: make them equal")
-            return Images(str(path), torch.cat(pixels)), wanted[0] in parts
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+            return Images(str(path), torch.cat(pixels)), ready
+    except UserError:
+        raise
+    except Exception as error:  # numpy raises nearly anything on a damaged header
         raise UserError(f"{path} is not a readable array file without pickled objects "
                         f"({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
 
