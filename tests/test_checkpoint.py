@@ -9,12 +9,13 @@ import torch
 from vae_ood import UserError, checkpoint
 from vae_ood.model import VAE
 
-CONFIG = {"shape": [1, 8, 8], "alpha": 0.1, "kappa": 2}
+MODEL = {"shape": [1, 8, 8], "alpha": 0.1, "kappa": 2}
+CONFIG = MODEL | {"data": "mnist", "sprite_factors": 4, "skip_bad": False, "dequantize": False, "seed": 0}
 
 
 @pytest.fixture
 def saved(tmp_path):
-    model = VAE(**CONFIG)
+    model = VAE(**MODEL)
     optimizer = torch.optim.Adam(model.parameters())
     checkpoint.save(tmp_path / "ckpt.pt", model, optimizer, 7, CONFIG, 1.5)
     return tmp_path / "ckpt.pt", model, optimizer
@@ -61,7 +62,7 @@ def test_files_that_are_no_checkpoint(saved, tmp_path):
         path.write_bytes(bad)
         with pytest.raises(UserError, match=r"ckpt\.pt is not a checkpoint"):
             checkpoint.load(path)
-    for foreign in (torch.zeros(3), {"state_dict": {}}, [1]):
+    for foreign in (torch.zeros(3), {"state_dict": {}}, [1], {"version": 1}):
         torch.save(foreign, path)
         with pytest.raises(UserError, match=r"ckpt\.pt is not a checkpoint"):
             checkpoint.load(path)
@@ -70,12 +71,14 @@ def test_files_that_are_no_checkpoint(saved, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"version": 2}, "newer vae-ood"),
+    ({"version": 2, "model": None}, "newer vae-ood"),
     ({"version": "x"}, "not a checkpoint"),
     ({"model": {}}, "tensors do not fit"),
     ({"config": {}}, "settings are unusable"),
     ({"config": CONFIG | {"kappa": 3}}, "tensors do not fit"),
     ({"config": CONFIG | {"alpha": "wide"}}, "settings are unusable"),
+    ({"config": CONFIG | {"data": None}}, "settings are unusable"),
+    ({"config": MODEL}, "settings are unusable"),
 ])
 def test_tampered_checkpoints(saved, change, message):
     path, _, _ = saved

@@ -48,12 +48,13 @@ def load(path, device="cpu"):
     except Exception as error:  # whatever a foreign, damaged or malicious file makes torch raise
         reason = "it asks to run code" if "weights_only" in str(error) or "Weights only" in str(error) else "damaged?"
         raise UserError(f"{path} is not a checkpoint of run.py ({reason}): nothing in it was executed") from None
-    keys = {"version", "model", "optimizer", "step", "config"}
-    if not isinstance(state, dict) or not keys <= set(state) or not isinstance(state["version"], int):
+    version = state.get("version") if isinstance(state, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise UserError(f"{path} was written by a newer vae-ood (format {version}, this one reads up to {VERSION}): "
+                        "update vae-ood")
+    types = {"version": int, "model": dict, "optimizer": dict, "step": int, "config": dict, "seconds": float}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in types.items()):
         raise UserError(f"{path} is not a checkpoint of run.py: give the ckpt.pt that run.py wrote")
-    if state["version"] > VERSION:
-        raise UserError(f"{path} was written by a newer vae-ood (format {state['version']}, this one reads up to "
-                        f"{VERSION}): update vae-ood")
     return state
 
 
@@ -72,6 +73,9 @@ def load_model(path, device="cpu"):
     state = load(path, device)
     try:
         config = state["config"]
+        types = {"data": str, "sprite_factors": int, "skip_bad": bool, "dequantize": bool, "seed": int}
+        if not all(isinstance(config[name], kind) for name, kind in types.items()):
+            raise TypeError
         model = VAE(config["shape"], config["alpha"], config["kappa"])
     except Exception as error:  # a config that was tampered with
         raise UserError(f"{path} is damaged: its settings are unusable ({type(error).__name__})") from None

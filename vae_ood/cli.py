@@ -101,15 +101,16 @@ class Progress:
         self.total, self.initial, self.label, self.shown, self.bar = total, initial, label, time.monotonic(), None
 
     def update(self, done, text="", seconds=5.0):
-        """Show that `done` of the total are done; a plain line at most every `seconds` and at the end."""
+        """Show that `done` of the total are done; a plain line at most every `seconds`, and at the end if it has a
+        text."""
         if self.bar is None and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             from tqdm import tqdm
             self.bar = tqdm(total=self.total, initial=self.initial, unit=self.label, leave=False, dynamic_ncols=True)
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(done - self.bar.n)
-        elif time.monotonic() - self.shown > seconds or done == self.total:
-            print(f"{self.label} {done:>{len(str(self.total))}}/{self.total}  {text}", flush=True)
+        elif time.monotonic() - self.shown > seconds or (text and done == self.total):
+            print(f"{self.label} {done:>{len(str(self.total))}}/{self.total}  {text}".rstrip(), flush=True)
             self.shown = time.monotonic()
 
     def close(self):
