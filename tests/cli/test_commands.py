@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import pty
 import random
 import re
 import signal
@@ -287,16 +288,42 @@ def test_own_data_end_to_end(command, tmp_path):
     assert "noise" in result.stdout and "constant" in result.stdout
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "tqdm", "PIL", "scipy"])
+def without(package, folder):
+    """An environment in which `package` cannot be imported."""
+    (folder / "hide").mkdir()
+    (folder / "hide" / "sitecustomize.py").write_text(f"import sys\nsys.modules['{package}'] = None\n")
+    return os.environ | {"PYTHONPATH": str(folder / "hide")}
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "PIL", "scipy"])
 def test_without_an_optional_package(command, tiny_run, tmp_path, package):
-    (tmp_path / "hide").mkdir()
-    (tmp_path / "hide" / "sitecustomize.py").write_text(f"import sys\nsys.modules['{package}'] = None\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "hide")}
-    out, _ = tiny_run
+    environment, (out, _) = without(package, tmp_path), tiny_run
     result = command("eval.py", "--ckpt", out / "ckpt.pt", "--iw-samples", 1, "--max-images", 20, "--out",
                      tmp_path / "o", env=environment)
     assert ("no figures: pip install matplotlib" in result.stdout) == (package in ("matplotlib", "PIL"))  # it needs PIL
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
-    result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path, "--out", tmp_path / "p", check=False,
-                     env=environment)
-    assert refused(result, "pip install Pillow") if package == "PIL" else result.returncode == 0
+    if package == "PIL":
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+        result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path, check=False, env=environment)
+        assert refused(result, "pip install Pillow")
+    if package == "scipy":
+        (tmp_path / "svhn").mkdir()
+        (tmp_path / "svhn" / "test_32x32.mat").touch()
+        result = command("eval.py", "--ckpt", out / "ckpt.pt", "--outliers", "svhn", "--data-root", tmp_path,
+                         check=False, env=environment)
+        assert refused(result, "pip install scipy")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_progress_on_a_terminal(tmp_path, installed):
+    environment = os.environ.copy() if installed else without("tqdm", tmp_path)
+    terminal, stderr = pty.openpty()
+    arguments = [sys.executable, *map(str, TINY), "--iters", "100", "--no-eval", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    output = process.communicate(timeout=300)[0]
+    os.close(stderr)
+    assert process.returncode == 0
+    if installed:
+        assert "%|" in os.read(terminal, 2**16).decode() and "step 100/100" not in output
+    else:
+        assert "step 100/100" in output
+    os.close(terminal)
