@@ -28,16 +28,15 @@ def test_batches_are_shuffled_epochs_that_depend_on_seed_and_step_alone():
 
 
 def test_schedules():
-    args = SimpleNamespace(schedule="cosine", lr=0.1, iters=1000, gamma="homotopy")
+    args = SimpleNamespace(schedule="cosine", lr=0.1, iters=1000)
     rates = [run.learning_rate(t, args) for t in range(1000)]
     assert rates[0] == pytest.approx(0.1 / 20) and max(rates) > 0.099 and 0 < rates[-1] < 1e-5
     assert np.argmax(rates) in (19, 20) and all(np.diff(rates[20:]) < 0)
     assert run.learning_rate(0, SimpleNamespace(schedule="constant", lr=0.1)) == 0.1
-    floors = [run.gamma_floor(t, args) for t in range(1000)]
-    assert floors[0] == 1 and floors[999] == pytest.approx(run.HOMOTOPY_END)
-    falling = round(1000 * run.HOMOTOPY_SHARE)
-    ratios = np.divide(floors[1:falling], floors[:falling - 1])
-    np.testing.assert_allclose(ratios, ratios[0])
+    for iters, falling in ((9000, 1000), (3000, 1000), (300, 100)):
+        floors = [run.gamma_floor(t, SimpleNamespace(gamma="homotopy", iters=iters)) for t in range(iters)]
+        np.testing.assert_allclose(np.log(floors[:falling]), -7 * np.arange(falling) / falling, atol=1e-12)
+        np.testing.assert_allclose(floors[falling:], math.exp(-7))
     assert run.gamma_floor(3, SimpleNamespace(gamma="optimal", iters=10)) == run.MIN_GAMMA
 
 
