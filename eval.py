@@ -38,17 +38,21 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import Progress, make_folder, pick_device
 from vae_ood.data import load
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import conformal_p_values, detection, latent_spectrum
+from vae_ood.model import VAE
 from vae_ood.scores import SCORES
 
 PAIRS = {"sprites": ["two_blobs", "discs", "cut_out", "noise", "constant"], "fashionmnist": ["mnist"],
          "mnist": ["fashionmnist"], "cifar10": ["svhn", "celeba"], "svhn": ["cifar10"], "celeba": ["cifar10", "svhn"]}
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
+CPU_FLOPS = 1e13  # to decode one set on a CPU, where --max-images does not say: about two minutes on two cores
 
 
 def check_scores(names):
@@ -56,6 +60,19 @@ def check_scores(names):
     for name in names:
         if name not in SCORES:
             raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}")
+
+
+def limit_images(args, shape, alpha, kappa, device):
+    """Where --max-images does not say: on a CPU, set it for models so large that a set would take over CPU_FLOPS."""
+    if args.max_images or device.type != "cpu":
+        return
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        VAE(shape, alpha, kappa).decode(torch.empty(1, kappa))
+    affordable = CPU_FLOPS / (args.iw_samples * counter.get_total_flops())
+    if affordable < TRAIN_IMAGES:
+        args.max_images = max(100, int(affordable) // 100 * 100)
+        print(f"a large model for a CPU: the first {args.max_images:,} images of a set are evaluated, unless "
+              "--max-images says otherwise")
 
 
 def load_inliers(config, split, args):
@@ -71,7 +88,7 @@ def load_inliers(config, split, args):
 def load_others(config, data, args):
     """Images of `data`, a name or a path, converted to the shape of the inliers."""
     return load(data, "all", args.data_root, config["shape"], config["sprite_factors"],
-                config["skip_bad"] or args.skip_bad).first(args.max_images)
+                config["skip_bad"] or args.skip_bad)
 
 
 def load_outliers(config, args):
@@ -81,7 +98,7 @@ def load_outliers(config, args):
     sets = {}
     for name in args.outliers or PAIRS.get(config["data"], ["noise", "constant"]):
         try:
-            sets[name] = load_others(config, name, args)
+            sets[name] = load_others(config, name, args).first(args.max_images)
         except UserError as error:
             if args.outliers:
                 raise
@@ -191,6 +208,7 @@ def main(args):
     check_scores(args.scores)
     device = pick_device(args.device)
     model, config = checkpoint.load_model(args.ckpt, device)
+    limit_images(args, config["shape"], config["alpha"], config["kappa"], device)
     folder = Path(args.ckpt).parent
     out = Path(args.out or (folder / f"score-{Path(args.score).stem}" if args.score else folder))
     if args.score:

@@ -43,7 +43,8 @@ def add_evaluation_arguments(parser):
     group.add_argument("--iw-samples", type=positive_int, default=16, metavar="K",
                        help="samples of z an image, for every estimate (default 16)")
     group.add_argument("--max-images", type=positive_int, metavar="N",
-                       help="use the first N images of a set (default: 10,000 training images, all others)")
+                       help="use the first N images of a set (default: 10,000 training images, all others; fewer for "
+                       "a large model on a CPU)")
     group = parser.add_argument_group("machine")
     group.add_argument("--data-root", metavar="DIR", help="folder of the official files; what is missing is downloaded "
                        "there (default $VAE_OOD_DATA, else ~/.cache/vae_ood)")

@@ -30,9 +30,9 @@ def nll_histogram(path, bpd, title):
     figure, axes = _figure()
     low, high = np.percentile(np.concatenate([np.percentile(v, (0.2, 99.5)) for v in bpd.values()]), (0, 100))
     inliers = np.percentile(bpd["test"], (0.2, 50, 99.5))
-    label = "negative ELBO (bits per dimension)"
+    label = "negative ELBO (bits per dimension; outer bins: and beyond)"
     if far := high - low > 50 * max(inliers[2] - inliers[0], 0.1):
-        origin, label = inliers[1], f"{label} above the test images' median, {inliers[1]:.2f}"
+        origin, label = inliers[1], f"negative ELBO (bits per dimension) above the test median, {inliers[1]:.2f}"
         axes.set_xscale("asinh", linear_width=1.0)
         bpd = {name: values - origin for name, values in bpd.items()}
         edges = np.sinh(np.linspace(np.arcsinh(low - origin - 1), np.arcsinh(high - origin) * 1.02, 121))
@@ -57,7 +57,7 @@ def mutual_information(path, kl_per_dim, title):
     axes.semilogy(k, np.maximum(kl, 1e-6), "o-", markersize=4, linewidth=1)
     label = f"active above {ACTIVE_NATS} nats: {active} of {len(kl)}"
     axes.axhline(ACTIVE_NATS, color="gray", linestyle=":", label=label)
-    if ratio is not None:
+    if ratio is not None and ratio > 2:  # else there is no cut-off to speak of
         axes.axvline(cut + 0.5, color="C3", linestyle="--", label=f"largest drop: {ratio:.1f}-fold after {cut}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="latent dimension, sorted", ylabel="mean KL (nats)", title=title)
