@@ -52,7 +52,7 @@ from vae_ood.scores import SCORES
 PAIRS = {"sprites": ["two_blobs", "discs", "cut_out", "noise", "constant"], "fashionmnist": ["mnist"],
          "mnist": ["fashionmnist"], "cifar10": ["svhn", "celeba"], "svhn": ["cifar10"], "celeba": ["cifar10", "svhn"]}
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
-CPU_FLOPS = 1e13  # to decode one set on a CPU, where --max-images does not say: about two minutes on two cores
+CPU_FLOPS = 1e13  # the most that decoding 10,000 images may take on a CPU (some two minutes on two cores)
 
 
 def check_scores(names):
@@ -63,7 +63,7 @@ def check_scores(names):
 
 
 def limit_images(args, shape, alpha, kappa, device):
-    """Where --max-images does not say: on a CPU, set it for models so large that a set would take over CPU_FLOPS."""
+    """Where --max-images does not say, set it on a CPU for models so large that 10,000 images take over CPU_FLOPS."""
     if args.max_images or device.type != "cpu":
         return
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -71,8 +71,8 @@ def limit_images(args, shape, alpha, kappa, device):
     affordable = CPU_FLOPS / (args.iw_samples * counter.get_total_flops())
     if affordable < TRAIN_IMAGES:
         args.max_images = max(100, int(affordable) // 100 * 100)
-        print(f"a large model for a CPU: the first {args.max_images:,} images of a set are evaluated, unless "
-              "--max-images says otherwise")
+        print(f"a large model for a CPU: the first {args.max_images:,} images of each set are evaluated (with --score: "
+              "calibrate), unless --max-images says otherwise")
 
 
 def load_inliers(config, split, args):
@@ -106,10 +106,11 @@ def load_outliers(config, args):
     return sets
 
 
-def measure(model, config, images, args, label):
-    """(likelihoods, {score: [N]}) of `images`, with progress."""
+def measure(model, config, images, args, label, first=0):
+    """(likelihoods, {score: [N]}) of `images`, with progress; `first` is the number of the first image's noise."""
     bar = Progress(len(images.pixels), label=label)
-    likelihoods = evaluate(model, images.pixels, args.iw_samples, config["seed"], config["dequantize"], bar.update)
+    likelihoods = evaluate(model, images.pixels, args.iw_samples, config["seed"], config["dequantize"], first,
+                           bar.update)
     bar.close()
     return likelihoods, {name: SCORES[name](model, images, likelihoods) for name in args.scores}
 
@@ -177,18 +178,21 @@ def evaluate_outliers(model, config, sets, args, out):
 def score_images(model, config, args, out):
     """Flag the outliers among the images of --score at the false-alarm rate --fpr, by conformal p-values of the first
     score, calibrated on the inlier test images."""
-    own = load_others(config, args.score, args)
+    if not Path(args.score).exists():
+        raise UserError(f"--score {args.score}: there is no such folder or file")
+    own = load_others(config, str(Path(args.score).resolve()), args)
     test = load_inliers(config, "test", args)
-    if args.fpr < 1 / (len(test.pixels) + 1):
-        raise UserError(f"--fpr {args.fpr:g} cannot be resolved with {len(test.pixels)} calibration images: the "
-                        f"smallest p-value is {1 / (len(test.pixels) + 1):.2g}")
+    n = len(test.pixels)
+    if args.fpr < 1 / (n + 1):
+        raise UserError(f"--fpr {args.fpr:g} needs more than the {n} test images there are to calibrate with: give "
+                        f"--fpr {1 / (n + 1):.2g} or more, or train on more images")
     make_folder(out)
     for note in own.notes:
         print(f"{own.name}: {note}")
     if Path(args.score).resolve() == Path(config["data"]):
         print("note: the model was trained on these images; the false-alarm rate holds for new ones only")
     _, calibration = measure(model, config, test, args, "calibration")
-    _, scores = measure(model, config, own, args, "score")
+    _, scores = measure(model, config, own, args, "score", first=n)  # noise of its own: exchangeable with calibration's
     p = conformal_p_values(calibration[args.scores[0]], scores[args.scores[0]])
     flagged = p <= args.fpr
     names = own.files or range(len(p))
@@ -196,12 +200,11 @@ def score_images(model, config, args, out):
               zip(names, *(scores[s].tolist() for s in args.scores), p.tolist(), flagged.astype(int).tolist(),
                   strict=True))
     print(f"\n{'image':<40}{args.scores[0]:>12} (nats){'p-value':>10}")
-    order = np.argsort(p, kind="stable")
-    for i in order[:10]:
+    for i in np.argsort(-scores[args.scores[0]], kind="stable")[:10]:
         print(f"{str(names[i])[-39:]:<40}{scores[args.scores[0]][i]:>12.1f}{'':7}{p[i]:>10.4f}"
               f"{'  outlier' if flagged[i] else ''}")
-    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {args.fpr:g}: of images like the training data, "
-          f"{args.fpr:.1%} would be (calibrated on {len(test.pixels):,} of them)\nwritten to {out / 'scores.csv'}")
+    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {args.fpr:g}: of images like the training data, at "
+          f"most {args.fpr:.1%} would be (calibrated on {n:,} of them)\nwritten to {out / 'scores.csv'}")
 
 
 def main(args):

@@ -36,7 +36,7 @@ def parse_args():
                        "parameter, in closed form, in closed form along a path from 1 down to e^-7, or fixed")
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=RECIPES, help="sets gamma, lr, its schedule and iters; those flags override "
-                       "it (default: fast for sprites, paper otherwise)")
+                       "it (default: fast for sprites, with 3,000 steps, and paper otherwise)")
     group.add_argument("--iters", type=positive_int, help="training steps")
     group.add_argument("--batch-size", type=positive_int, default=64, help="images a step (default 64)")
     group.add_argument("--lr", type=positive_float, help="Adam's (peak) learning rate")
@@ -181,6 +181,8 @@ def train(args, images, out, device):
     if ckpt.exists():
         state = checkpoint.load(ckpt, device)
         for name, value in config.items():
+            if name == "images_crc32" and state["config"].get(name) != value:
+                raise UserError(f"the training images have changed since {ckpt} was written: give another --out")
             if state["config"].get(name) != value:
                 raise UserError(f"{ckpt} was trained with {name} = {state['config'].get(name)}, not {value}: resume "
                                 "with the same flags, or give another --out")
@@ -227,8 +229,10 @@ def train(args, images, out, device):
             try:
                 backward(step)  # a trial without an update: it compiles
             except Exception as error:
-                if terms is loss_terms or args.compile:
+                if not compiled:
                     raise
+                if args.compile:
+                    raise UserError(f"torch.compile failed ({type(error).__name__}): use --no-compile") from error
                 print(f"training without torch.compile, which failed ({type(error).__name__}); see --no-compile")
                 terms = loss_terms
                 backward(step)

@@ -58,9 +58,10 @@ def test_malicious_pickle_is_not_executed(tmp_path, monkeypatch):
 def test_files_that_are_no_checkpoint(saved, tmp_path):
     path, _, _ = saved
     content = path.read_bytes()
-    for bad in (b"", b"hello", content[:1000], content[:len(content) // 2], content[:-1]):
+    foreign = (b"", b"hello", b"not a checkpoint at all", b"\x89PNG\r\n\x1a\n" + bytes(50))
+    for bad in (*foreign, content[:1000], content[:len(content) // 2], content[:-1]):
         path.write_bytes(bad)
-        with pytest.raises(UserError, match=r"ckpt\.pt is not a checkpoint"):
+        with pytest.raises(UserError, match=r"ckpt\.pt is not a checkpoint of run\.py \(foreign or damaged\)"):
             checkpoint.load(path)
     for foreign in (torch.zeros(3), {"state_dict": {}}, [1], {"version": 1}):
         torch.save(foreign, path)

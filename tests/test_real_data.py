@@ -39,7 +39,7 @@ def test_colour_outliers(data_root, name, mean):
 def test_the_papers_command_and_its_evaluation(data_root, command, tmp_path):
     need(data_root, "cifar10", "svhn", "celeba")
     result = command("run.py", "--data", "cifar10", "--alpha", 0.25, "--kappa", 32, "--iters", 20, "--data-root",
-                     data_root, "--no-eval", "--no-compile", "--out", tmp_path)
+                     data_root, "--no-eval", "--device", "cpu", "--out", tmp_path)
     assert "--recipe fast needs a fraction" in result.stdout
     result = command("eval.py", "--ckpt", tmp_path / "ckpt.pt", "--outliers", "svhn", "celeba", "--data-root",
                      data_root, "--max-images", 100)

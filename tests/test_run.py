@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 import run
+from vae_ood import UserError, checkpoint
 from vae_ood.model import VAE
 
 SHAPE = (1, 8, 8)
@@ -88,3 +90,25 @@ def test_probe_gives_the_gradient_at_z(problem):
     z = (mu + log_sigma.exp() * eps).detach().requires_grad_(True)
     ((x - model.decode(z)).square().sum() / (2 * 0.05) / 6).backward()
     torch.testing.assert_close(probe.grad, z.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    args = SimpleNamespace(data="x", sprite_factors=4, skip_bad=False, dequantize=False, alpha=0.1, kappa=2,
+                           gamma="optimal", schedule="constant", iters=200, batch_size=4, lr=1e-3, seed=0, amp=False,
+                           resume=False, compile=False, checkpoint_seconds=0, recipe="fast")
+    images = torch.randint(256, (20, *SHAPE), dtype=torch.uint8)
+    monkeypatch.setattr(run, "learning_rate", lambda step, args: 1e-3 if step < 60 else math.inf)
+    with pytest.raises(UserError, match=r"training diverged: .* at step 61; .*ckpt\.pt keeps the last good state"):
+        run.train(args, images, tmp_path, torch.device("cpu"))
+    state = checkpoint.load(tmp_path / "ckpt.pt")
+    assert state["step"] == 60 and all(p.isfinite().all() for p in state["model"].values())
+
+
+@pytest.mark.parametrize(("alpha", "device", "limit"), [(1, "cpu", None), (4, "cpu", 700), (4, "cuda", None)])
+def test_a_large_model_is_evaluated_on_fewer_images_on_a_cpu(alpha, device, limit):
+    args = SimpleNamespace(max_images=None, iw_samples=16)
+    evaluation.limit_images(args, (3, 32, 32), alpha, 32, torch.device(device))
+    assert args.max_images == limit
+    args.max_images = 5
+    evaluation.limit_images(args, (3, 32, 32), alpha, 32, torch.device(device))
+    assert args.max_images == 5

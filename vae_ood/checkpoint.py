@@ -45,8 +45,10 @@ def load(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: give the ckpt.pt that run.py wrote") from None
+    except OSError:
+        raise
     except Exception as error:  # whatever a foreign, damaged or malicious file makes torch raise
-        reason = "it asks to run code" if "weights_only" in str(error) or "Weights only" in str(error) else "damaged?"
+        reason = "it asks to run code" if "GLOBAL" in str(error) else "foreign or damaged"
         raise UserError(f"{path} is not a checkpoint of run.py ({reason}): nothing in it was executed") from None
     version = state.get("version") if isinstance(state, dict) else None
     if isinstance(version, int) and version > VERSION:

@@ -25,6 +25,12 @@ def one_line_errors():
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        print("error: out of memory: choose a smaller --alpha, --kappa or --batch-size, or smaller images",
+              file=sys.stderr)
+        sys.exit(2)
     except OSError as error:  # a full disk, an unreadable file
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)

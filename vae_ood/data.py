@@ -134,6 +134,7 @@ def fetch(folder, filename):
     part = path.with_name(filename + ".part")
     hint = f"download {address}{filename} by hand and put it in {folder}"
     timeout = socket.getdefaulttimeout()
+    print(f"downloading {address}{filename} to {folder}", flush=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)
@@ -275,24 +276,24 @@ def own_images(path, split="all", shape=None, skip_bad=False):
 
     split "test" is about a tenth, "train" the rest, "all" everything. An image's part depends on its pixels alone, so
     adding images moves none from one part to the other and a duplicate is never in both; within a part the order is
-    random too. An .npz with arrays train_images and test_images is split by them. Pictures of different sizes are
-    converted to `shape` one by one where it is given.
+    random too. An .npz with arrays train_images and test_images is split by them instead. Pictures of different sizes
+    are converted to `shape` one by one where it is given.
     """
     if path.is_dir():
-        images = _folder(path, shape, skip_bad)
+        images, ready = _folder(path, shape, skip_bad), False
     elif path.suffix in (".npy", ".npz"):
-        images, done = _arrays(path, split)
-        split = "all" if done else split
+        images, ready = _arrays(path, split)
     else:
         raise UserError(f"{path} is neither a folder of pictures nor a .npy or .npz file")
     if split == "all":
         return images
     digests = [hashlib.blake2b(p.numpy().tobytes(), digest_size=8).digest() for p in images.pixels]
     n, order = len(digests), sorted(range(len(digests)), key=digests.__getitem__)
-    chosen = [i for i in order if (digests[i][-1] % 10 == 0) == (split == "test")]
-    if not 0 < len(chosen) < n:
-        raise UserError(f"{path} holds {n} images or duplicates: too few for a training and a test part")
-    images.notes.append(f"{len(chosen):,} of {n:,} images are the {split} part")
+    chosen = [i for i in order if ready or (digests[i][-1] % 10 == 0) == (split == "test")]
+    if not ready:
+        if not 0 < len(chosen) < n:
+            raise UserError(f"{path} holds {n} images, too few different ones for a training and a test part: add some")
+        images.notes.append(f"{len(chosen):,} of {n:,} images are the {split} part")
     return replace(images, pixels=images.pixels[torch.tensor(chosen)],
                    files=images.files and [images.files[i] for i in chosen])
 
@@ -315,6 +316,11 @@ def _decode(source, name):
     return pixels[None] if gray else pixels.transpose(2, 0, 1)
 
 
+def _printable(path):
+    """A path as text that can be printed and written, whatever bytes are in it."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def _folder(path, shape, skip_bad):
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
     if not files:
@@ -324,7 +330,7 @@ def _folder(path, shape, skip_bad):
 
     def picture(file):
         try:
-            pixels = torch.from_numpy(np.ascontiguousarray(_decode(file, file)))
+            pixels = torch.from_numpy(np.ascontiguousarray(_decode(file, _printable(file))))
         except UserError as error:
             if skip_bad and "cannot decode" in str(error):
                 return None
@@ -334,7 +340,7 @@ def _folder(path, shape, skip_bad):
 
     with ThreadPoolExecutor() as pool:
         decoded = list(pool.map(picture, files))
-    good = [(str(f.relative_to(path)), p) for f, p in zip(files, decoded, strict=True) if p is not None]
+    good = [(_printable(f.relative_to(path)), p) for f, p in zip(files, decoded, strict=True) if p is not None]
     if not good:
         raise UserError(f"not one of the {len(files):,} pictures in {path} can be decoded")
     first, channels = good[0][1], max(p.shape[0] for _, p in good)

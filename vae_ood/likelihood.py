@@ -60,11 +60,11 @@ def chunk_size(model):
 
 @torch.inference_mode()
 @torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)  # TF32 would be off by 1e-3
-def evaluate(model, images, iw_samples, seed=0, dequantize=False, progress=lambda done: None):
+def evaluate(model, images, iw_samples, seed=0, dequantize=False, first=0, progress=lambda done: None):
     """Per-image likelihoods of uint8 `images` [N, C, H, W] under `model`.
 
     Encodes each image once and decodes `iw_samples` codes z ~ q(z|x) in chunks. The noise of image i depends on
-    (seed, i) alone, so neither the chunks nor N change a figure beyond rounding. Returns float64 numpy arrays:
+    (seed, first + i) alone, so neither the chunks nor N change a figure beyond rounding. Returns float64 numpy arrays:
     nll: negative ELBO, its expectation averaged over the same samples [N]; iw_nll [N]; mse: mean squared error per
     dimension, same average [N]; kl [N]; kl_per_dim: mean over the images [kappa].
     """
@@ -76,7 +76,7 @@ def evaluate(model, images, iw_samples, seed=0, dequantize=False, progress=lambd
     kl_sum = torch.zeros(kappa, dtype=torch.float64)
     for start in range(0, len(images), block):
         rows = range(start, min(start + block, len(images)))
-        noise = [generator(seed, EVALUATION, i) for i in rows]
+        noise = [generator(seed, EVALUATION, first + i) for i in rows]
         eps = torch.from_numpy(np.stack([g.standard_normal((k, kappa), np.float32) for g in noise])).to(device)
         x = images[start:rows.stop].to(device)
         if dequantize:
