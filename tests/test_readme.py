@@ -1,5 +1,6 @@
 """The README and the commands must not drift apart."""
 
+import json
 import re
 
 import pytest
@@ -18,3 +19,15 @@ def test_every_flag_is_in_the_readme(command, script):
 def test_every_file_that_the_readme_links_exists():
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_readme_quotes_the_measured_results():
+    readme = (ROOT / "README.md").read_text()
+    metrics = json.loads((ROOT / "results/fashionmnist/metrics.json").read_text())
+    for row in metrics["sets"].values():
+        assert f"| {row['n']:,} | {row['bpd']:.3f} | {row['bpd_iw']:.3f} | {row['nll']:.1f} | " in readme
+    for name, row in ((name, rows["mnist"]) for name, rows in metrics["scores"].items()):
+        low, high = row["auroc_ci95"]
+        quoted = f"| `{name}` | MNIST | {row['auroc']:.4f} [{low:.4f}, {high:.4f}] | {row['aupr']:.4f} | "
+        quoted += f"{row['fpr95']:.4f} |"
+        assert quoted in readme
