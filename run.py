@@ -99,7 +99,7 @@ CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", 
 LOG_EVERY = 50  # steps
 GAMMA_IMAGES = 10_000  # training images whose MSE is the gamma of a finished `optimal` or `homotopy` run
 MIN_GAMMA = 1e-10  # images that are reconstructed exactly have no finite log-likelihood
-HOMOTOPY_END, HOMOTOPY_STEPS = math.exp(-7), 1000
+HOMOTOPY = (0, 5000 / 7, 2000), (0, -5, -7)  # steps, log of the floor: slower where weak factors of the data join in
 
 
 @functools.lru_cache(2)
@@ -124,11 +124,11 @@ def learning_rate(step, args):
 
 
 def gamma_floor(step, args):
-    """Homotopy: gamma = max(MSE of the batch, floor), the floor falling log-linearly from 1 to e^-7 over the first
-    1,000 steps (a third of a shorter run) and staying there; `optimal` is the same without a floor."""
+    """Homotopy: gamma = max(MSE of the batch, floor), the floor falling log-linearly from 1 to e^-5 in 714 steps, then
+    to e^-7 by step 2,000 (in proportion where there are fewer than 3,000 steps); `optimal` has no floor."""
     if args.gamma != "homotopy":
         return MIN_GAMMA
-    return HOMOTOPY_END ** min(1, step / min(HOMOTOPY_STEPS, args.iters / 3))
+    return math.exp(np.interp(step * max(1, 3000 / args.iters), *HOMOTOPY))
 
 
 def loss_terms(model, x, eps, probe, floor, profiled, amp):

@@ -35,10 +35,13 @@ def test_schedules():
     assert rates[0] == pytest.approx(0.1 / 20) and max(rates) > 0.099 and 0 < rates[-1] < 1e-5
     assert np.argmax(rates) in (19, 20) and all(np.diff(rates[20:]) < 0)
     assert run.learning_rate(0, SimpleNamespace(schedule="constant", lr=0.1)) == 0.1
-    for iters, falling in ((9000, 1000), (3000, 1000), (300, 100)):
+    for iters, length in ((9000, 2000), (3000, 2000), (300, 200)):
         floors = [run.gamma_floor(t, SimpleNamespace(gamma="homotopy", iters=iters)) for t in range(iters)]
-        np.testing.assert_allclose(np.log(floors[:falling]), -7 * np.arange(falling) / falling, atol=1e-12)
-        np.testing.assert_allclose(floors[falling:], math.exp(-7))
+        fast, slow = np.diff(np.log(floors[:length * 5 // 14])), np.diff(np.log(floors[length * 5 // 14 + 1:length + 1]))
+        assert floors[0] == 1
+        np.testing.assert_allclose(fast, -14 / length)
+        np.testing.assert_allclose(slow, -2 / (length * 9 / 14))
+        np.testing.assert_allclose(floors[length:], math.exp(-7))
     assert run.gamma_floor(3, SimpleNamespace(gamma="optimal", iters=10)) == run.MIN_GAMMA
 
 

@@ -42,11 +42,11 @@ def save(path, model, optimizer, step, config, seconds=0.0):
 def load(path, device="cpu"):
     """The dict that `save` wrote. Raises UserError if `path` is missing, no checkpoint, damaged or too new."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        data = Path(path).read_bytes()  # here, not in torch, whose OSErrors may mean a damaged file
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: give the ckpt.pt that run.py wrote") from None
-    except OSError:
-        raise
+    try:
+        state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except Exception as error:  # whatever a foreign, damaged or malicious file makes torch raise
         reason = "it asks to run code" if "GLOBAL" in str(error) else "foreign or damaged"
         raise UserError(f"{path} is not a checkpoint of run.py ({reason}): nothing in it was executed") from None

@@ -1,6 +1,7 @@
 """The commands as a user runs them, for a few steps."""
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -8,8 +9,10 @@ import pty
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -325,13 +328,15 @@ def test_without_an_optional_package(command, tiny_run, tmp_path, package):
 def test_progress_on_a_terminal(tmp_path, installed):
     environment = os.environ.copy() if installed else without("tqdm", tmp_path)
     terminal, stderr = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     arguments = [sys.executable, *map(str, TINY), "--iters", "100", "--no-eval", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
     output = process.communicate(timeout=300)[0]
-    os.close(stderr)
     assert process.returncode == 0
     if installed:
+        os.set_blocking(terminal, False)
         assert "%|" in os.read(terminal, 2**16).decode(errors="replace") and "step 100/100" not in output
     else:
         assert "step 100/100" in output
     os.close(terminal)
+    os.close(stderr)
