@@ -37,7 +37,8 @@ def test_schedules():
     assert run.learning_rate(0, SimpleNamespace(schedule="constant", lr=0.1)) == 0.1
     for iters, length in ((9000, 2000), (3000, 2000), (300, 200)):
         floors = [run.gamma_floor(t, SimpleNamespace(gamma="homotopy", iters=iters)) for t in range(iters)]
-        fast, slow = np.diff(np.log(floors[:length * 5 // 14])), np.diff(np.log(floors[length * 5 // 14 + 1:length + 1]))
+        bend = length * 5 // 14
+        fast, slow = np.diff(np.log(floors[:bend])), np.diff(np.log(floors[bend + 1:length + 1]))
         assert floors[0] == 1
         np.testing.assert_allclose(fast, -14 / length)
         np.testing.assert_allclose(slow, -2 / (length * 9 / 14))
