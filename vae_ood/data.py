@@ -298,8 +298,12 @@ def own_images(path, split="all", shape=None, skip_bad=False):
                    files=images.files and [images.files[i] for i in chosen])
 
 
+class _Undecodable(UserError):
+    """A picture that cannot be decoded."""
+
+
 def _decode(source, name):
-    """uint8 [1 or 3, h, w] of a picture (a path or bytes); UserError names it where it cannot be decoded."""
+    """uint8 [1 or 3, h, w] of a picture (a path or bytes); _Undecodable names it where it cannot be decoded."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -312,7 +316,7 @@ def _decode(source, name):
             gray = picture.mode in ("1", "L", "LA")
             pixels = np.array(picture.convert("L" if gray else "RGB"))
     except Exception as error:  # Pillow raises nearly anything on a damaged file
-        raise UserError(f"cannot decode the picture {name} ({type(error).__name__}): replace or remove it") from None
+        raise _Undecodable(f"cannot decode the picture {name} ({type(error).__name__}): replace or remove it") from None
     return pixels[None] if gray else pixels.transpose(2, 0, 1)
 
 
@@ -331,8 +335,8 @@ def _folder(path, shape, skip_bad):
     def picture(file):
         try:
             pixels = torch.from_numpy(np.ascontiguousarray(_decode(file, _printable(file))))
-        except UserError as error:
-            if skip_bad and "cannot decode" in str(error):
+        except _Undecodable as error:
+            if skip_bad:
                 return None
             raise UserError(f"{error}, or leave out all that cannot be decoded with --skip-bad") from None
         sizes.add(tuple(pixels.shape))

@@ -315,7 +315,7 @@ def test_without_an_optional_package(command, tiny_run, tmp_path, package):
     if package == "PIL":
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
         result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path, check=False, env=environment)
-        assert refused(result, "pip install Pillow")
+        assert refused(result, "pip install Pillow\n")
     if package == "scipy":
         (tmp_path / "svhn").mkdir()
         (tmp_path / "svhn" / "test_32x32.mat").touch()
