@@ -87,10 +87,12 @@ import numpy as np
 import torch
 
 import eval as evaluation
+from kernels.gaussian_log_likelihood import gaussian_log_likelihood, log_normal
+from kernels.reparameterize import reparameterize
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import Progress, duration, make_folder, pick_device
 from vae_ood.data import DATASETS, SHUFFLE, TRAINING, generator, load, to_unit
-from vae_ood.likelihood import bits_per_dim, evaluate, gaussian_nll, kl_per_dim
+from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
 
@@ -134,20 +136,23 @@ def gamma_floor(step, args):
 def loss_terms(model, x, eps, probe, floor, profiled, amp):
     """Mean negative ELBO of a batch in nats, with what the log wants: (loss, mse, gamma, KL per dimension).
 
-    x [B, C, H, W] in [0, 1]; eps and probe [B, kappa]; the probe is zero and its gradient is dL/dz. `profiled`: gamma
-    is max(MSE, floor), a constant to the gradient: where MSE is the larger, that is the gradient of the loss with
-    gamma profiled out, d/2 log(2 pi e MSE) + KL (arXiv 2006.13202), and its value.
+    x [B, C, H, W], uint8 or in [0, 1]; eps and probe [B, kappa]; the probe is zero and its gradient is dL/dz.
+    `profiled`: gamma is max(MSE, floor), a constant to the gradient: where MSE is the larger, that is the gradient of
+    the loss with gamma profiled out, d/2 log(2 pi e MSE) + KL (arXiv 2006.13202), and its value.
     """
     d = x[0].numel()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
         mu, log_sigma = (t.float() for t in model.encode(x))
-        mean = model.decode(mu + log_sigma.exp() * eps + probe)
-    squared_error = (x - mean).square().sum((1, 2, 3))
-    mse = squared_error.mean() / d
-    gamma = torch.maximum(mse.detach(), floor) if profiled else model.log_gamma.exp()
-    kl = kl_per_dim(mu, log_sigma)
-    loss = (gaussian_nll(squared_error, d, gamma) + kl.sum(1)).mean()
-    return loss, mse.detach(), gamma.detach(), kl.detach().mean(0)
+        z, kl = reparameterize(mu, log_sigma, eps, per_dim=True)
+        decoded = model.decode(z + probe)
+    log_gamma = model.log_gamma
+    log_likelihood, squared_error = gaussian_log_likelihood(x, decoded, log_gamma, model.logits, True)
+    mse = squared_error.detach().mean() / d
+    if profiled:
+        log_gamma = torch.maximum(mse, floor).log()
+        log_likelihood = log_normal(squared_error, d, log_gamma)
+    loss = (kl.sum(1) - log_likelihood).mean()
+    return loss, mse, log_gamma.detach().exp(), kl.detach().mean(0)
 
 
 def open_log(path, step):
@@ -203,7 +208,7 @@ def train(args, images, out, device):
         x = images[torch.from_numpy(batch_indices(args.seed, step, b, n)).to(device)]
         eps = torch.from_numpy(rng.standard_normal((b, args.kappa), np.float32)).to(device)
         uniform = torch.from_numpy(rng.random(tuple(x.shape), np.float32)).to(device) if args.dequantize else None
-        x = to_unit(x, uniform).contiguous(memory_format=torch.channels_last)
+        x = (to_unit(x, uniform) if args.dequantize else x).contiguous(memory_format=torch.channels_last)
         probe = torch.zeros_like(eps, requires_grad=True)
         floor = torch.tensor(gamma_floor(step, args), device=device)
         loss, *rest = terms(model, x, eps, probe, floor, profiled, args.amp)

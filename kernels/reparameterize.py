@@ -53,14 +53,14 @@ def _philox_normal(seed, offset, rows, start, ROWS: tl.constexpr, BLOCK: tl.cons
     """eps [ROWS, BLOCK] of the columns from `start`: each call of Philox makes four neighbours."""
     c0 = tl.broadcast_to(rows[:, None], [ROWS, BLOCK // 4])
     c1 = tl.broadcast_to((start // 4 + tl.arange(0, BLOCK // 4))[None, :], [ROWS, BLOCK // 4])
-    low, high = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
+    low, high = offset.to(tl.uint32), (offset.to(tl.int64) >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, tl.zeros_like(c0) + low, tl.zeros_like(c0) + high)
     n0, n1 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(w0), tl.uint_to_uniform_float(w1))
     n2, n3 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(w2), tl.uint_to_uniform_float(w3))
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [ROWS, BLOCK])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "offset"])  # they change from step to step
 def _forward_kernel(
     mu_ptr,  # [B, KAPPA]
     log_sigma_ptr,  # [B, KAPPA]
@@ -91,7 +91,7 @@ def _forward_kernel(
         tl.store(kl_ptr + rows, tl.sum(total, 1), rows < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "offset"])
 def _backward_kernel(
     mu_ptr,  # [B, KAPPA]
     log_sigma_ptr,  # [B, KAPPA]
@@ -189,7 +189,7 @@ def reparameterize(mu, log_sigma, eps=None, seed=None, offset=0, per_dim=False):
     mean over a data set is the mutual information of each dimension (paper, section 4.2). Both are differentiable.
     Raises ValueError where the shapes differ, or unless one of eps and seed is given.
     """
-    if mu.shape != log_sigma.shape or mu.dim() != 2 or eps is not None and eps.shape != mu.shape:
+    if mu.shape != log_sigma.shape or mu.dim() != 2 or (eps is not None and eps.shape != mu.shape):
         raise ValueError(f"mu {tuple(mu.shape)}, log_sigma {tuple(log_sigma.shape)} and eps "
                          f"{None if eps is None else tuple(eps.shape)} do not fit: all are [B, kappa]")
     if (eps is None) == (seed is None):

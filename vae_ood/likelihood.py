@@ -5,29 +5,12 @@ import math
 import numpy as np
 import torch
 
+from kernels.gaussian_log_likelihood import log_normal
+from kernels.iw_nll import iw_nll
+from kernels.reparameterize import reparameterize
 from vae_ood.data import EVALUATION, generator, to_unit
 
-LOG_2PI = math.log(2 * math.pi)
 MEMORY_BUDGET = 512 * 2**20  # bytes for the activations of one chunk
-
-
-def gaussian_nll(squared_error, d, gamma):
-    """-log N(x; mean, gamma I) in nats from ||x - mean||^2 (any shape), dimension d and variance gamma (a tensor)."""
-    return 0.5 * (squared_error / gamma + d * (LOG_2PI + gamma.log()))
-
-
-def kl_per_dim(mu, log_sigma):
-    """KL(N(mu, sigma^2) || N(0, 1)) of each latent dimension in nats, [B, kappa]."""
-    return 0.5 * (mu.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma)
-
-
-def iw_nll(log_w):
-    """Importance-weighted NLL in nats (arXiv 1509.00519): -log mean_k exp(log_w[..., k]); log_w [..., K] -> [...].
-
-    log_w = log p(x|z_k) + log p(z_k) - log q(z_k|x) with z_k ~ q(.|x). An upper bound of -log p(x) in expectation;
-    K = 1 is the negative ELBO in expectation and the bound tightens as K grows.
-    """
-    return math.log(log_w.shape[-1]) - torch.logsumexp(log_w, -1)
 
 
 def bits_per_dim(nll, d):
@@ -39,14 +22,9 @@ def bits_per_dim(nll, d):
     return nll / (d * math.log(2)) + 8
 
 
-def log_weights(squared_error, d, gamma, mu, log_sigma, eps):
-    """log p(x|z) + log p(z) - log q(z|x) in nats for z = mu + sigma eps.
-
-    squared_error [B, K], mu and log_sigma [B, kappa], eps [B, K, kappa] -> [B, K].
-    """
-    z = mu[:, None] + log_sigma.exp()[:, None] * eps
-    log_prior_minus_log_q = 0.5 * (eps.square() - z.square()).sum(-1) + log_sigma.sum(-1)[:, None]
-    return log_prior_minus_log_q - gaussian_nll(squared_error, d, gamma)
+def log_prior_minus_log_q(z, eps, log_sigma):
+    """log p(z) - log q(z|x) in nats of z = mu + sigma eps; z and eps [B, K, kappa], log_sigma [B, kappa] -> [B, K]."""
+    return 0.5 * (eps.square() - z.square()).sum(-1) + log_sigma.sum(-1)[:, None]
 
 
 def chunk_size(model):
@@ -69,7 +47,6 @@ def evaluate(model, images, iw_samples, seed=0, dequantize=False, first=0, progr
     dimension, same average [N]; kl [N]; kl_per_dim: mean over the images [kappa].
     """
     device, d, kappa, k = model.log_gamma.device, math.prod(model.shape), model.kappa, iw_samples
-    gamma = model.log_gamma.double().exp()
     chunk = chunk_size(model)
     block = max(1, chunk // k)  # images whose samples are decoded together
     out = {name: [] for name in ("nll", "iw_nll", "mse", "kl")}
@@ -78,22 +55,24 @@ def evaluate(model, images, iw_samples, seed=0, dequantize=False, first=0, progr
         rows = range(start, min(start + block, len(images)))
         noise = [generator(seed, EVALUATION, first + i) for i in rows]
         eps = torch.from_numpy(np.stack([g.standard_normal((k, kappa), np.float32) for g in noise])).to(device)
-        x = images[start:rows.stop].to(device)
+        x = images[start:rows.stop].to(device).contiguous(memory_format=torch.channels_last)
         if dequantize:
             uniform = np.stack([g.random(model.shape, np.float32) for g in noise])
             x = to_unit(x, torch.from_numpy(uniform).to(device))
-        else:
-            x = to_unit(x)
-        mu, log_sigma = (t.float() for t in model.encode(x.contiguous(memory_format=torch.channels_last)))
-        z = (mu[:, None] + log_sigma.exp()[:, None] * eps).flatten(0, 1)
-        squared_error = torch.cat([
-            (x[torch.arange(a, min(a + chunk, len(z)), device=device) // k] - model.decode(z[a:a + chunk]))
-            .square().sum((1, 2, 3)) for a in range(0, len(z), chunk)
-        ]).double().unflatten(0, (len(x), k))
-        mu, log_sigma, eps = mu.double(), log_sigma.double(), eps.double()
-        kl = kl_per_dim(mu, log_sigma)
-        out["nll"].append(gaussian_nll(squared_error, d, gamma).mean(1) + kl.sum(1))
-        out["iw_nll"].append(iw_nll(log_weights(squared_error, d, gamma, mu, log_sigma, eps)))
+        mu, log_sigma = model.encode(x)
+        z, kl = reparameterize(mu.repeat_interleave(k, 0), log_sigma.repeat_interleave(k, 0), eps.flatten(0, 1),
+                               per_dim=True)
+        z, kl = z.unflatten(0, (-1, k)), kl[::k].double()
+        log_ratio = log_prior_minus_log_q(z.double(), eps.double(), log_sigma.double())
+        log_mean_w, squared_error = [], []
+        for part in torch.arange(k, device=device).split(chunk):  # one part, unless k is above the chunk
+            decoded = model.decode(z[:, part].flatten(0, 1)).unflatten(0, (len(x), len(part)))
+            nll, error = iw_nll(x, decoded, log_ratio[:, part], model.log_gamma, model.logits, True)
+            log_mean_w.append(math.log(len(part) / k) - nll.double())
+            squared_error.append(error.double())
+        squared_error = torch.cat(squared_error, 1)
+        out["nll"].append(kl.sum(1) - log_normal(squared_error, d, model.log_gamma.double()).mean(1))
+        out["iw_nll"].append(-torch.stack(log_mean_w).logsumexp(0))
         out["mse"].append(squared_error.mean(1) / d)
         out["kl"].append(kl.sum(1))
         kl_sum += kl.sum(0).cpu()

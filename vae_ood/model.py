@@ -1,6 +1,6 @@
 """The Gaussian VAE of the paper (section 4; DCGAN-like layers after arXiv 1801.01401), for any image size.
 
-q(z|x) = N(mu, diag sigma^2), p(x|z) = N(mean(z), gamma I), p(z) = N(0, I) on R^kappa; x in [0, 1].
+q(z|x) = N(mu, diag sigma^2), p(x|z) = N(sigmoid(logits(z)), gamma I), p(z) = N(0, I) on R^kappa; x in [0, 1].
 """
 
 import math
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vae_ood.data import to_unit
+
 
 class VAE(nn.Module):
     """Encoder and decoder of three 5x5 stride-2 convolutions each; `alpha` scales every channel count but kappa.
@@ -16,6 +18,8 @@ class VAE(nn.Module):
     shape: (C, H, W) of the images. gamma: the decoder variance's initial value (a variance, in squared units of
     [0, 1] pixels); it is a trained parameter when `learn_gamma`, else a constant that the training loop may set.
     """
+
+    logits = True  # `decode` gives the mean's logits, and the likelihood takes their sigmoid as it reads them
 
     def __init__(self, shape, alpha, kappa, gamma=1.0, learn_gamma=False):
         super().__init__()
@@ -40,8 +44,8 @@ class VAE(nn.Module):
         self.log_gamma = nn.Parameter(torch.tensor(math.log(gamma)), requires_grad=learn_gamma)
 
     def encode(self, x):
-        """x [B, C, H, W] in [0, 1] -> mu [B, kappa], log_sigma [B, kappa] of q(z|x)."""
-        h = x
+        """x [B, C, H, W], uint8 or in [0, 1] -> mu [B, kappa], log_sigma [B, kappa] of q(z|x)."""
+        h = to_unit(x) if x.dtype == torch.uint8 else x
         for conv in self.encoder:
             h = F.leaky_relu(conv(h), 0.2)
         h = h.flatten(1)
@@ -50,9 +54,8 @@ class VAE(nn.Module):
         return self.mu(h), self.log_sigma(h).clamp(max=10)
 
     def decode(self, z):
-        """z [B, kappa] -> the mean of p(x|z), [B, C, H, W] in (0, 1)."""
+        """z [B, kappa] -> the logits of the mean of p(x|z), [B, C, H, W]."""
         h = F.relu(self.expand(z)).unflatten(1, self.code_shape).contiguous(memory_format=torch.channels_last)
         for conv in self.decoder[:-1]:
             h = F.relu(conv(h))
-        # The sigmoid in float32 also under autocast: bfloat16 resolves 1/256 near 1, as coarse as the pixels.
-        return torch.sigmoid(self.decoder[-1](h).float())
+        return self.decoder[-1](h)
