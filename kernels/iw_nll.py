@@ -76,7 +76,7 @@ def forward(x: torch.Tensor, mean_or_logits: torch.Tensor, log_prior_minus_log_q
     b, k, d = *mean_or_logits.shape[:2], math.prod(x.shape[1:])
     mean = dense(mean_or_logits, 2)
     x, order = match(x, mean, 2)
-    config = tile(k, mean)
+    config = tile(k, d, mean, order)
     tiles = -(-k // config["TILE"])
     squared_error, log_sum, nll = (x.new_empty(shape, dtype=torch.float32) for shape in ((b, k), (b, tiles), (b,)))
     _forward_kernel[(b * tiles,)](x, mean, log_prior_minus_log_q.contiguous(), log_gamma, squared_error, log_sum,
@@ -93,15 +93,14 @@ def _(x, mean_or_logits, log_prior_minus_log_q, log_gamma, logits):
 
 def _setup(ctx, inputs, output):
     *tensors, ctx.logits = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx, grad_nll, grad_squared_error):
-    x, mean_or_logits, log_ratio, log_gamma, nll, squared_error = ctx.saved_tensors
-    k, d = squared_error.shape[1], math.prod(x.shape[1:])
+    x, mean_or_logits, log_ratio, log_gamma, squared_error = ctx.saved_tensors
+    d = math.prod(x.shape[1:])
     log_w = log_normal(squared_error, d, log_gamma) + log_ratio
-    weights = (log_w + (nll - math.log(k))[:, None]).exp()  # self-normalised importance weights: the IWAE gradient
-    by_log_w = -grad_nll[:, None] * weights
+    by_log_w = -grad_nll[:, None] * log_w.softmax(1)  # exp(log_w + nll) would carry the rounding of a large nll
     by_log_gamma = (by_log_w * 0.5 * (squared_error / log_gamma.exp() - d)).sum().to(log_gamma.dtype)
     by_squared_error = grad_squared_error - 0.5 * by_log_w / log_gamma.exp()
     by_mean = squared_error_backward(x, mean_or_logits, by_squared_error, ctx.logits)

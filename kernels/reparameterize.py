@@ -19,13 +19,17 @@ def philox_ref(key, counter):
     return c0, c1, c2, c3
 
 
+def _halves(offset):
+    return offset & 0x7FFFFFFF, offset >> 31  # both below 2^31: the kernels take them as int32
+
+
 def normal_ref(shape, seed, offset, device):
     """The kernel's eps [B, kappa] in float32: four normals by Box-Muller from each block of Philox at the counter (row,
     column // 4, offset), under the key `seed`."""
     b, kappa = shape
     row = torch.arange(b, device=device)[:, None]
     column = torch.arange(-(-kappa // 4), device=device)[None, :]
-    words = philox_ref((seed & 0xFFFFFFFF, seed >> 32), (row, column, offset & 0xFFFFFFFF, offset >> 32))
+    words = philox_ref((seed & 0xFFFFFFFF, seed >> 32), (row, column, *_halves(offset)))
     # signed words, mirrored, to [0, 1): what triton.language.uint_to_uniform_float does
     u = [torch.minimum(word, 0xFFFFFFFF - word).float() * 4.6566127342e-10 for word in words]
     eps = []
@@ -49,25 +53,24 @@ def _load(ptr, rows, columns, mask, KAPPA: tl.constexpr):
 
 
 @triton.jit
-def _philox_normal(seed, offset, rows, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _philox_normal(seed, low, high, rows, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """eps [ROWS, BLOCK] of the columns from `start`: each call of Philox makes four neighbours."""
     c0 = tl.broadcast_to(rows[:, None], [ROWS, BLOCK // 4])
     c1 = tl.broadcast_to((start // 4 + tl.arange(0, BLOCK // 4))[None, :], [ROWS, BLOCK // 4])
-    low, high = offset.to(tl.uint32), (offset.to(tl.int64) >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, tl.zeros_like(c0) + low, tl.zeros_like(c0) + high)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c0 * 0 + low, c0 * 0 + high)
     n0, n1 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(w0), tl.uint_to_uniform_float(w1))
     n2, n3 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(w2), tl.uint_to_uniform_float(w3))
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [ROWS, BLOCK])
 
 
-@triton.jit(do_not_specialize=["seed", "offset"])  # they change from step to step
+@triton.jit(do_not_specialize=["seed", "low", "high"])  # they change from step to step
 def _forward_kernel(
     mu_ptr,  # [B, KAPPA]
     log_sigma_ptr,  # [B, KAPPA]
     eps_ptr,  # [B, KAPPA], or None: Philox
     z_ptr,  # [B, KAPPA] out
     kl_ptr,  # [B, KAPPA] if PER_DIM, else [B], out
-    seed, offset, B, KAPPA: tl.constexpr, PER_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    seed, low, high, B, KAPPA: tl.constexpr, PER_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -77,7 +80,7 @@ def _forward_kernel(
         here = rows[:, None].to(tl.int64) * KAPPA + columns[None, :]
         mu, log_sigma = _load(mu_ptr, rows, columns, mask, KAPPA), _load(log_sigma_ptr, rows, columns, mask, KAPPA)
         if eps_ptr is None:
-            eps = _philox_normal(seed, offset, rows, start, ROWS, BLOCK)
+            eps = _philox_normal(seed, low, high, rows, start, ROWS, BLOCK)
         else:
             eps = _load(eps_ptr, rows, columns, mask, KAPPA)
         sigma = tl.exp(log_sigma)
@@ -91,7 +94,7 @@ def _forward_kernel(
         tl.store(kl_ptr + rows, tl.sum(total, 1), rows < B)
 
 
-@triton.jit(do_not_specialize=["seed", "offset"])
+@triton.jit(do_not_specialize=["seed", "low", "high"])
 def _backward_kernel(
     mu_ptr,  # [B, KAPPA]
     log_sigma_ptr,  # [B, KAPPA]
@@ -100,7 +103,7 @@ def _backward_kernel(
     grad_kl_ptr,  # [B, KAPPA] if PER_DIM, else [B]
     grad_mu_ptr,  # [B, KAPPA] out
     grad_log_sigma_ptr,  # [B, KAPPA] out
-    seed, offset, B, KAPPA: tl.constexpr, PER_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    seed, low, high, B, KAPPA: tl.constexpr, PER_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     blocks: tl.constexpr = (KAPPA + BLOCK - 1) // BLOCK
     rows = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
@@ -110,7 +113,7 @@ def _backward_kernel(
     here = rows[:, None].to(tl.int64) * KAPPA + columns[None, :]
     mu, log_sigma = _load(mu_ptr, rows, columns, mask, KAPPA), _load(log_sigma_ptr, rows, columns, mask, KAPPA)
     if eps_ptr is None:
-        eps = _philox_normal(seed, offset, rows, start, ROWS, BLOCK)
+        eps = _philox_normal(seed, low, high, rows, start, ROWS, BLOCK)
     else:
         eps = _load(eps_ptr, rows, columns, mask, KAPPA)
     grad_z = _load(grad_z_ptr, rows, columns, mask, KAPPA)
@@ -123,9 +126,12 @@ def _backward_kernel(
     tl.store(grad_log_sigma_ptr + here, grad_z * sigma * eps + grad_kl * (sigma * sigma - 1), mask)
 
 
-def _tile(kappa):
-    block = max(4, min(1024, 1 << (kappa - 1).bit_length()))
-    return {"ROWS": 1024 // block, "BLOCK": block, "num_warps": 4}
+def _tile(mu):
+    """The kernels' tile, ROWS times BLOCK columns: of each row, a thread holds what one 128-bit load brings."""
+    kappa = mu.shape[1]
+    width = 16 // mu.element_size() if kappa % 8 == 0 else 4
+    block = max(4, min(128 * width, 1 << (kappa - 1).bit_length()))
+    return {"ROWS": 128 * width // block, "BLOCK": block, "num_warps": 4}
 
 
 @torch.library.custom_op("vae_ood::reparameterize", mutates_args=())
@@ -135,8 +141,9 @@ def forward(mu: torch.Tensor, log_sigma: torch.Tensor, eps: torch.Tensor | None,
     mu, log_sigma, eps = mu.contiguous(), log_sigma.contiguous(), None if eps is None else eps.contiguous()
     z = torch.empty_like(mu)
     kl = mu.new_empty((b, kappa) if per_dim else b, dtype=torch.float32)
-    config = _tile(kappa)
-    _forward_kernel[(-(-b // config["ROWS"]),)](mu, log_sigma, eps, z, kl, seed, offset, b, kappa, per_dim, **config)
+    config = _tile(mu)
+    _forward_kernel[(-(-b // config["ROWS"]),)](mu, log_sigma, eps, z, kl, seed, *_halves(offset), b, kappa,
+                                                     per_dim, **config)
     return z, kl
 
 
@@ -152,10 +159,10 @@ def backward(mu: torch.Tensor, log_sigma: torch.Tensor, eps: torch.Tensor | None
     b, kappa = mu.shape
     mu, log_sigma, eps = mu.contiguous(), log_sigma.contiguous(), None if eps is None else eps.contiguous()
     grad_mu, grad_log_sigma = torch.empty_like(mu), torch.empty_like(log_sigma)
-    config = _tile(kappa)
+    config = _tile(mu)
     _backward_kernel[(-(-b // config["ROWS"]) * -(-kappa // config["BLOCK"]),)](
-        mu, log_sigma, eps, grad_z.contiguous(), grad_kl.contiguous(), grad_mu, grad_log_sigma, seed, offset, b, kappa,
-        grad_kl.dim() == 2, **config)
+        mu, log_sigma, eps, grad_z.contiguous(), grad_kl.contiguous(), grad_mu, grad_log_sigma, seed,
+        *_halves(offset), b, kappa, grad_kl.dim() == 2, **config)
     return grad_mu, grad_log_sigma
 
 
@@ -182,7 +189,7 @@ def reparameterize(mu, log_sigma, eps=None, seed=None, offset=0, per_dim=False):
     """z ~ q(z|x) = N(mu, diag sigma^2), and KL(q || N(0, I)) in nats (arXiv 1312.6114).
 
     mu, log_sigma: [B, kappa] float32, float16 or bfloat16 (float64: computed in torch). The noise is either given,
-    eps [B, kappa], data without a gradient; or drawn from (seed, offset), two numbers in [0, 2^63): the same seed and
+    eps [B, kappa], data without a gradient; or drawn from (seed, offset), in [0, 2^63) and [0, 2^62): the same seed and
     offset give the same noise on every device (to rounding), which is not stored but drawn again for the gradient. Row
     b of it does not depend on B, nor on kappa. Count the steps by `offset`.
     Returns z [B, kappa] like mu, and the KL in float32: summed per sample, [B], or with `per_dim` [B, kappa], whose

@@ -1,0 +1,53 @@
+"""The tolerance rule of the kernels' tests."""
+
+import pytest
+import torch
+
+import kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOOR = 2e-6  # relative to the largest value: some roundings of float32
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """Every op runs as a Triton kernel: in the interpreter, unless there is a GPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "OVERRIDE", True)
+
+
+def assert_matches(function, *leaves, floor=FLOOR):
+    """function(*leaves) -> tensors, and their gradient by the leaves: the Triton kernels against plain torch in float64.
+
+    The error, in the maximum and in the 2-norm, is at most twice that of plain torch on the same inputs, plus a floor.
+    """
+
+    def run(leaves):
+        outputs = function(*leaves)
+        g = torch.Generator().manual_seed(0)
+        cotangents = [torch.randn(output.shape, generator=g).to(output) for output in outputs]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        gradients = torch.autograd.grad(outputs, wanted, cotangents)
+        for leaf, gradient in zip(wanted, gradients, strict=True):
+            assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+        return *outputs, *gradients
+
+    kernels.OVERRIDE = True
+    ours = run(leaves)
+    kernels.OVERRIDE = False
+    plain = run(leaves)
+    exact = run([leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves])
+    kernels.OVERRIDE = True
+    for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape and c.dtype == torch.float64, i
+        finite = c.isfinite()
+        torch.testing.assert_close(a[~finite].double(), c[~finite], equal_nan=True)
+        a, b, c = a[finite].double(), b[finite].double(), c[finite]
+        if not len(c):
+            continue
+        ulp = torch.finfo(ours[i].dtype).eps
+        truncated = ours[i].dtype == torch.bfloat16 and DEVICE == "cpu"  # the interpreter rounds bfloat16 towards 0
+        for norm, least in ((torch.inf, max(floor, ulp)), (2, ulp if truncated else floor)):
+            size = torch.linalg.vector_norm
+            error, limit = size(a - c, norm), 2 * size(b - c, norm) + least * size(c, norm)
+            assert error <= limit, f"tensor {i}: error {error:.3g} above {limit:.3g} in the {norm}-norm"
