@@ -1,0 +1,114 @@
+"""What the three ops have in common: where they run, what they move, and a training step through all of them."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernels
+import run
+from kernels import bench_kernels, use_triton
+from kernels.gaussian_log_likelihood import tile
+from tests.conftest import ROOT
+from tests.compare import DEVICE, triton  # noqa: F401
+from vae_ood.likelihood import evaluate
+from vae_ood.model import VAE
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """Counts the bytes that the kernels load and store, in the interpreter: {"load", "store"}."""
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import interpreter_builder
+    if DEVICE == "cuda":
+        pytest.skip("counts in the interpreter, which is not in use where there is a GPU")
+    monkeypatch.setattr(kernels, "OVERRIDE", True)
+    count = {"load": 0, "store": 0}
+    for kind in count:
+        original = getattr(interpreter_builder, f"create_masked_{kind}")
+        at = {"load": 1, "store": 2}[kind]  # the mask among the arguments
+
+        def counted(*arguments, kind=kind, at=at, original=original):
+            count[kind] += int(arguments[at].data.sum()) * arguments[0].get_element_ty().primitive_bitwidth // 8
+            return original(*arguments)
+
+        monkeypatch.setattr(interpreter_builder, f"create_masked_{kind}", counted)
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op", "b", "k", "d"), [
+    ("reparameterize", 64, 1, 32), ("reparameterize", 5, 1, 3), ("gaussian_log_likelihood", 7, 1, 784),
+    ("gaussian_log_likelihood", 3, 1, 3072), ("gaussian_log_likelihood", 2, 1, 997), ("iw_nll", 9, 1, 784),
+    ("iw_nll", 3, 4, 3072), ("iw_nll", 2, 17, 784)])
+def test_every_byte_is_moved_once(op, b, k, d, dtype, moved):
+    function, leaves = bench_kernels.problem(op, b, k, d, dtype)
+    if op == "reparameterize":
+        extra = {"forward": 0, "backward": 0}
+    else:
+        config = tile(k, d, leaves[0], {"INNER": 1})
+        tiles, blocks = -(-k // config["TILE"]), -(-d // config["BLOCK"])
+        again = (tiles - 1) * b * d  # x, once for each tile of samples (from the cache)
+        extra = {"forward": again + 4 * (b * tiles - 1),  # log_gamma, once for each program
+                 "backward": again + 4 * b * k * (blocks - 1)}  # the samples' gradients, once for each block of columns
+        if op == "iw_nll":
+            extra["forward"] += 2 * 4 * b * tiles  # the sums of the tiles, written and read
+    for direction in ("forward", "backward"):
+        moved["load"] = moved["store"] = 0
+        if direction == "forward":
+            outputs = function()
+        else:
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
+        minimum = bench_kernels.traffic(op, direction, b, k, d, dtype.itemsize)
+        assert moved["load"] + moved["store"] == minimum + extra[direction]
+        assert extra[direction] < 0.13 * minimum
+
+
+def test_triton_runs_on_cuda_unless_float64():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert not use_triton(torch.zeros(1, dtype=dtype))
+        assert use_triton(SimpleNamespace(is_cuda=True, dtype=dtype)) == (dtype != torch.float64)
+
+
+@pytest.mark.parametrize("gamma", ["learned", "profiled"])
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.usefixtures("triton")
+def test_training_step_is_the_same_on_both_paths(monkeypatch, gamma, amp):
+    torch.manual_seed(0)
+    model = VAE((3, 9, 8), 0.1, 5, 0.1, learn_gamma=gamma == "learned").to(DEVICE, memory_format=torch.channels_last)
+    x = torch.randint(256, (6, 3, 9, 8), dtype=torch.uint8).to(DEVICE, memory_format=torch.channels_last)
+    eps = torch.randn(6, 5, device=DEVICE)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step(forced):
+        monkeypatch.setattr(kernels, "OVERRIDE", forced)
+        probe = torch.zeros_like(eps, requires_grad=True)
+        outputs = run.loss_terms(model, x, eps, probe, torch.tensor(0.0, device=DEVICE), gamma == "profiled", amp)
+        return *outputs, *torch.autograd.grad(outputs[0], [*parameters, probe])
+
+    limits = {"rtol": 0.05, "atol": 0.05} if amp else {"rtol": 1e-4, "atol": 1e-5}  # bfloat16 weights' gradients
+    for ours, plain in zip(step(True), step(False), strict=True):
+        torch.testing.assert_close(ours, plain, **limits)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.usefixtures("triton")
+def test_evaluation_is_the_same_on_both_paths(monkeypatch, dequantize):
+    torch.manual_seed(0)
+    model = VAE((3, 9, 8), 0.1, 5, 0.1).to(DEVICE)
+    pixels = torch.randint(256, (7, 3, 9, 8), dtype=torch.uint8)
+    ours = evaluate(model, pixels, 11, dequantize=dequantize)
+    monkeypatch.setattr(kernels, "OVERRIDE", False)
+    for name, values in evaluate(model, pixels, 11, dequantize=dequantize).items():
+        torch.testing.assert_close(ours[name], values, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_everything_runs_without_triton():
+    code = ("import sys; sys.modules['triton'] = None; import torch, kernels, run; from vae_ood.model import VAE\n"
+            "model, eps = VAE((1, 8, 8), 0.1, 2), torch.zeros(3, 2, requires_grad=True)\n"
+            "x = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)\n"
+            "run.loss_terms(model, x, eps, eps, torch.tensor(0.0), True, False)[0].backward()")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
