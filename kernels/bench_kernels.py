@@ -3,6 +3,8 @@
 On CUDA: eager torch, torch.compile and the Triton kernels, with the bandwidth that each reaches and its peak memory;
 on a CPU: eager against compiled torch. Prints a table and writes it to runs/kernels_<device>.csv. The bytes are the
 op's inputs and outputs, each moved once; the floor is their time at 3.35 TB/s (the HBM3 of an H100 SXM).
+
+python -m kernels.bench_kernels prints the bytes of every op and size: results/kernels.md.
 """
 
 import csv
@@ -16,7 +18,7 @@ import torch._functorch.config
 import torch.utils.benchmark
 
 import kernels
-from kernels.gaussian_log_likelihood import gaussian_log_likelihood
+from kernels.gaussian_log_likelihood import gaussian_log_likelihood, tile
 from kernels.iw_nll import iw_nll
 from kernels.reparameterize import reparameterize
 
@@ -43,6 +45,19 @@ def traffic(op, direction, b, k, d, itemsize):
     if op == "gaussian_log_likelihood":  # log_gamma; log_likelihood and squared_error
         return large + 4 + 8 * b
     return large + 4 + 4 * b + 8 * b * k  # log_gamma; the NLL; log_prior_minus_log_q and squared_error
+
+
+def repeated(op, direction, b, k, d, itemsize):
+    """Bytes that the kernels move beyond `traffic`: mostly x, read again by each tile of samples, from the cache."""
+    if op == "reparameterize":
+        return 0
+    config = tile(k, d, itemsize, {"INNER": 1})
+    tiles, blocks = -(-k // config["TILE"]), -(-d // config["BLOCK"])
+    x_again = (tiles - 1) * b * d
+    if direction == "backward":
+        return x_again + 4 * b * k * (blocks - 1)  # the samples' gradients, once for each block of columns
+    log_gamma_again, sums_of_tiles = 4 * (b * tiles - 1), 2 * 4 * b * tiles
+    return x_again + log_gamma_again + (sums_of_tiles if op == "iw_nll" else 0)
 
 
 def problem(op, b, k, d, dtype):
@@ -103,8 +118,8 @@ def table():
         writer.writerows(rows)
     print(f"\n{NAME}, torch {torch.__version__}, copy {copy_bandwidth() / 1e9:.0f} GB/s; eager, compiled"
           + (" and Triton" if CUDA else ": no GPU here, the Triton kernels are not timed") + f"; {path}")
-    print(f"{'op':<24}{'direction':<10}{'B':>7}{'K':>6}{'d':>6} {'dtype':<9}{'path':<9}{'us':>10}{'GB/s':>7}{'of copy':>8}"
-          f"{'floor us':>9}{'peak MB':>9}")
+    print(f"{'op':<24}{'direction':<10}{'B':>7}{'K':>6}{'d':>6} {'dtype':<9}{'path':<9}{'us':>10}{'GB/s':>7}"
+          f"{'of copy':>8}{'floor us':>9}{'peak MB':>9}")
     for row in rows:
         print(f"{row['op']:<24}{row['direction']:<10}{row['B']:>7}{row['K']:>6}{row['d']:>6} {row['dtype']:<9}"
               f"{row['path']:<9}{row['us']:>10.1f}{row['gb_per_s']:>7.0f}{row['of_copy']:>8.2f}{row['floor_us']:>9.2f}"
@@ -149,3 +164,21 @@ def test_speed(op, b, k, d, dtype, table, monkeypatch):
     if CUDA and op != "reparameterize" and b * k * d >= 25e6:
         assert shares["triton", "forward"] >= 0.85
         assert peaks["triton", "forward"] <= 0.5 * peaks["eager", "forward"]
+
+
+if __name__ == "__main__":
+    print("""Bytes of the fused ops (`python -m kernels.bench_kernels`): the least that each has to move, every input
+read and every output written once, with uint8 pixels; its time at 3.35 TB/s; and what the kernels' loads and stores
+move beside that, as counted in Triton's interpreter (tests/test_kernels.py), repeated reads from the cache included.
+The backward's few operations on [B] and [B, K] floats in torch are not in it.
+""")
+    print("| op | direction | B | K | d | dtype | least (MB) | floor (µs) | moved / least |\n|" + "---|" * 9)
+    for op, sizes in SIZES.items():
+        for b, k, d in sizes:
+            for dtype in (torch.float32, torch.bfloat16):
+                for direction in ("forward", "backward"):
+                    size = b, k, d, dtype.itemsize
+                    least = traffic(op, direction, *size)
+                    print(f"| `{op}` | {direction} | {b:,} | {k:,} | {d:,} | {str(dtype).removeprefix('torch.')} | "
+                          f"{least / 1e6:.3f} | {1e6 * least / BANDWIDTH:.2f} | "
+                          f"{1 + repeated(op, direction, *size) / least:.3f} |")

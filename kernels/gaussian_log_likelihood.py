@@ -143,14 +143,14 @@ def match(x, mean, batch_dims):
     return x, {"INNER": inner, "X_OUTER": outer, "X_INNER": x_inner}
 
 
-def tile(n_k, d, mean, order):
+def tile(n_k, d, itemsize, order):
     """The kernels' tile: TILE of the n_k samples, which share their x, times BLOCK columns.
 
     A block is one 128-bit load of the mean a thread, so that x (in the mean's order) and the mean are laid out alike
     over the threads and the loop over the columns needs neither shared memory nor barriers. The tile keeps to 64
     registers a thread.
     """
-    width = 16 // mean.element_size()
+    width = 16 // itemsize
     samples = min(4 if order["INNER"] == 1 else 2, 1 << (n_k - 1).bit_length())
     block = max(16, min(128 * width, 1 << (d - 1).bit_length()))
     return {"TILE": samples, "BLOCK": block, "num_warps": max(1, block // (32 * width))}
@@ -163,7 +163,7 @@ def forward(x: torch.Tensor, mean_or_logits: torch.Tensor, log_gamma: torch.Tens
     mean = dense(mean_or_logits, 1)
     x, order = match(x, mean, 1)
     log_likelihood, squared_error = (x.new_empty(b, dtype=torch.float32) for _ in range(2))
-    config = tile(1, d, mean, order)
+    config = tile(1, d, mean.element_size(), order)
     _forward_kernel[(b,)](x, mean, log_gamma, log_likelihood, squared_error, x.stride(0), mean.stride(0), d, **order,
                           LOGITS=logits, **config)
     return log_likelihood, squared_error
@@ -182,7 +182,7 @@ def squared_error_backward(x: torch.Tensor, mean_or_logits: torch.Tensor, grad_s
     mean = dense(mean_or_logits, 2)
     grad = torch.empty_like(mean)
     x, order = match(x, mean, 2)
-    config = tile(k, d, mean, order)
+    config = tile(k, d, mean.element_size(), order)
     tiles = -(-k // config["TILE"])
     _backward_kernel[(b * tiles * -(-d // config["BLOCK"]),)](
         x, mean, grad_squared_error.float().contiguous(), grad, x.stride(0), *mean.stride()[:2], *grad.stride()[:2], k,

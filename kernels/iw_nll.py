@@ -76,7 +76,7 @@ def forward(x: torch.Tensor, mean_or_logits: torch.Tensor, log_prior_minus_log_q
     b, k, d = *mean_or_logits.shape[:2], math.prod(x.shape[1:])
     mean = dense(mean_or_logits, 2)
     x, order = match(x, mean, 2)
-    config = tile(k, d, mean, order)
+    config = tile(k, d, mean.element_size(), order)
     tiles = -(-k // config["TILE"])
     squared_error, log_sum, nll = (x.new_empty(shape, dtype=torch.float32) for shape in ((b, k), (b, tiles), (b,)))
     _forward_kernel[(b * tiles,)](x, mean, log_prior_minus_log_q.contiguous(), log_gamma, squared_error, log_sum,

@@ -17,7 +17,7 @@ def triton(monkeypatch):
 
 
 def assert_matches(function, *leaves, floor=FLOOR):
-    """function(*leaves) -> tensors, and their gradient by the leaves: the Triton kernels against plain torch in float64.
+    """function(*leaves) -> tensors, and their gradient by the leaves: Triton kernels against plain torch in float64.
 
     The error, in the maximum and in the 2-norm, is at most twice that of plain torch on the same inputs, plus a floor.
     """

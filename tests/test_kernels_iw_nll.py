@@ -22,8 +22,8 @@ def test_kernel_matches_float64(sample, x_order, mean_order, dtype):
     for b, k, gamma, pixels, logits in ((1, 1, 0.0055, torch.uint8, True), (3, 5, 0.1, torch.uint8, True),
                                         (1, 17, 10.0, torch.float32, False), (5, 2, 1e-6, torch.uint8, True)):
         x, mean = problem(b, sample, x_order, mean_order, k, dtype, pixels)
-        assert_matches(lambda mean, log_ratio, log_gamma: iw_nll(  # noqa: B023
-            x, mean, log_ratio, log_gamma, logits, return_squared_error=True), mean, ratio(b, k), log_of(gamma))  # noqa: B023
+        assert_matches(lambda mean, log_ratio, log_gamma: iw_nll(
+            x, mean, log_ratio, log_gamma, logits, return_squared_error=True), mean, ratio(b, k), log_of(gamma))
 
 
 @pytest.mark.parametrize("k", [1, 3, 4, 5, 64])
@@ -71,7 +71,7 @@ def test_gradients_of_the_reference_are_numerical_ones_and_the_self_normalised_w
     x, mean = problem(3, (4,), k=5, dtype=torch.float64)
     arguments = [t.detach().cpu().double().requires_grad_() for t in (mean, ratio(3, 5), log_of(0.3))]
     for logits in (False, True):
-        assert torch.autograd.gradcheck(lambda *leaves: iw_nll_ref(x.cpu(), *leaves, logits), arguments)  # noqa: B023
+        assert torch.autograd.gradcheck(lambda *leaves: iw_nll_ref(x.cpu(), *leaves, logits), arguments)
     nll, error = iw_nll_ref(x.cpu(), *arguments, True)
     weights = torch.softmax(arguments[1] - error / 0.6, 1)
     torch.testing.assert_close(torch.autograd.grad(nll.sum(), arguments[1])[0], -weights)

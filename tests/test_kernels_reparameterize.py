@@ -29,7 +29,7 @@ def test_kernel_matches_float64(shape, dtype):
 
 
 @pytest.mark.usefixtures("triton")
-def test_rows_with_a_stride_are_read_as_they_are():
+def test_rows_may_have_a_stride():
     both = torch.randn(6, 10, device=DEVICE)  # as one linear layer with two heads gives them
     assert_matches(lambda both: reparameterize(*both.chunk(2, 1), seed=0), both.requires_grad_())
 
@@ -89,8 +89,8 @@ def test_noise_is_standard_normal_and_independent():
     cdf = torch.special.ndtr(flat.sort().values)
     distance = (cdf - torch.arange(1, n + 1) / n).abs().max()  # Kolmogorov-Smirnov
     assert distance < 2.7 / math.sqrt(n)  # 2 exp(-2 * 2.7^2) = 9e-7
-    others = {"rows": (eps[:-1], eps[1:]), "columns": (eps[:, :-1], eps[:, 1:]), "cos and sin": (eps[:, ::2], eps[:, 1::2]),
-              "blocks": (eps[:, :-4], eps[:, 4:])}
+    others = {"rows": (eps[:-1], eps[1:]), "columns": (eps[:, :-1], eps[:, 1:]), "blocks": (eps[:, :-4], eps[:, 4:]),
+              "cos and sin": (eps[:, ::2], eps[:, 1::2])}
     for name, (seed, offset) in {"offsets": (0, 1), "high offsets": (0, 2**32), "seeds": (1, 0),
                                  "high seeds": (2**32, 0)}.items():
         others[name] = (eps, normal_ref(eps.shape, seed, offset, "cpu").double())
