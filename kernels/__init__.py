@@ -25,7 +25,7 @@ def use_triton(tensor):
     caller asks for. Elsewhere plain torch is as fast, and torch.compile fuses it."""
     if OVERRIDE is not None:
         return OVERRIDE
-    return tensor.is_cuda and tensor.dtype != torch.float64
+    return tl is not None and tensor.is_cuda and tensor.dtype != torch.float64
 
 
 def accumulation_dtype(tensor):

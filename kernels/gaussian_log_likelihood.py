@@ -164,8 +164,9 @@ def forward(x: torch.Tensor, mean_or_logits: torch.Tensor, log_gamma: torch.Tens
     x, order = match(x, mean, 1)
     log_likelihood, squared_error = (x.new_empty(b, dtype=torch.float32) for _ in range(2))
     config = tile(1, d, mean.element_size(), order)
-    _forward_kernel[(b,)](x, mean, log_gamma, log_likelihood, squared_error, x.stride(0), mean.stride(0), d, **order,
-                          LOGITS=logits, **config)
+    with torch.cuda.device_of(mean):
+        _forward_kernel[(b,)](x, mean, log_gamma, log_likelihood, squared_error, x.stride(0), mean.stride(0), d,
+                              **order, LOGITS=logits, **config)
     return log_likelihood, squared_error
 
 
@@ -184,9 +185,10 @@ def squared_error_backward(x: torch.Tensor, mean_or_logits: torch.Tensor, grad_s
     x, order = match(x, mean, 2)
     config = tile(k, d, mean.element_size(), order)
     tiles = -(-k // config["TILE"])
-    _backward_kernel[(b * tiles * -(-d // config["BLOCK"]),)](
-        x, mean, grad_squared_error.float().contiguous(), grad, x.stride(0), *mean.stride()[:2], *grad.stride()[:2], k,
-        tiles, d, **order, LOGITS=logits, **config)
+    with torch.cuda.device_of(mean):
+        _backward_kernel[(b * tiles * -(-d // config["BLOCK"]),)](
+            x, mean, grad_squared_error.float().contiguous(), grad, x.stride(0), *mean.stride()[:2],
+            *grad.stride()[:2], k, tiles, d, **order, LOGITS=logits, **config)
     return grad
 
 
@@ -224,5 +226,5 @@ def gaussian_log_likelihood(x, mean_or_logits, log_gamma, logits=False, return_s
     if x.shape != mean_or_logits.shape:
         raise ValueError(f"x {tuple(x.shape)} and the mean {tuple(mean_or_logits.shape)} differ in shape")
     op = forward if use_triton(mean_or_logits) else gaussian_log_likelihood_ref
-    log_likelihood, squared_error = op(x, mean_or_logits, log_gamma, logits)
+    log_likelihood, squared_error = op(x.detach(), mean_or_logits, log_gamma, logits)
     return (log_likelihood, squared_error) if return_squared_error else log_likelihood

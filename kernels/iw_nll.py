@@ -79,9 +79,10 @@ def forward(x: torch.Tensor, mean_or_logits: torch.Tensor, log_prior_minus_log_q
     config = tile(k, d, mean.element_size(), order)
     tiles = -(-k // config["TILE"])
     squared_error, log_sum, nll = (x.new_empty(shape, dtype=torch.float32) for shape in ((b, k), (b, tiles), (b,)))
-    _forward_kernel[(b * tiles,)](x, mean, log_prior_minus_log_q.contiguous(), log_gamma, squared_error, log_sum,
-                                  x.stride(0), *mean.stride()[:2], k, tiles, d, **order, LOGITS=logits, **config)
-    _combine_kernel[(b,)](log_sum, nll, tiles, math.log(k), 1024)
+    with torch.cuda.device_of(mean):
+        _forward_kernel[(b * tiles,)](x, mean, log_prior_minus_log_q.contiguous(), log_gamma, squared_error, log_sum,
+                                      x.stride(0), *mean.stride()[:2], k, tiles, d, **order, LOGITS=logits, **config)
+        _combine_kernel[(b,)](log_sum, nll, tiles, math.log(k), 1024)
     return nll, squared_error
 
 
@@ -127,5 +128,5 @@ def iw_nll(x, mean_or_logits, log_prior_minus_log_q, log_gamma, logits=False, re
         raise ValueError(f"x {tuple(x.shape)}, the means {tuple(mean_or_logits.shape)} and the log weights "
                          f"{tuple(log_prior_minus_log_q.shape)} do not fit: expected [B, *S], [B, K, *S] and [B, K]")
     op = forward if use_triton(mean_or_logits) else iw_nll_ref
-    nll, squared_error = op(x, mean_or_logits, log_prior_minus_log_q, log_gamma, logits)
+    nll, squared_error = op(x.detach(), mean_or_logits, log_prior_minus_log_q, log_gamma, logits)
     return (nll, squared_error) if return_squared_error else nll

@@ -142,8 +142,9 @@ def forward(mu: torch.Tensor, log_sigma: torch.Tensor, eps: torch.Tensor | None,
     z = torch.empty_like(mu)
     kl = mu.new_empty((b, kappa) if per_dim else b, dtype=torch.float32)
     config = _tile(mu)
-    _forward_kernel[(-(-b // config["ROWS"]),)](mu, log_sigma, eps, z, kl, seed, *_halves(offset), b, kappa,
-                                                     per_dim, **config)
+    with torch.cuda.device_of(mu):
+        _forward_kernel[(-(-b // config["ROWS"]),)](mu, log_sigma, eps, z, kl, seed, *_halves(offset), b, kappa,
+                                                    per_dim, **config)
     return z, kl
 
 
@@ -160,9 +161,10 @@ def backward(mu: torch.Tensor, log_sigma: torch.Tensor, eps: torch.Tensor | None
     mu, log_sigma, eps = mu.contiguous(), log_sigma.contiguous(), None if eps is None else eps.contiguous()
     grad_mu, grad_log_sigma = torch.empty_like(mu), torch.empty_like(log_sigma)
     config = _tile(mu)
-    _backward_kernel[(-(-b // config["ROWS"]) * -(-kappa // config["BLOCK"]),)](
-        mu, log_sigma, eps, grad_z.contiguous(), grad_kl.contiguous(), grad_mu, grad_log_sigma, seed,
-        *_halves(offset), b, kappa, grad_kl.dim() == 2, **config)
+    with torch.cuda.device_of(mu):
+        _backward_kernel[(-(-b // config["ROWS"]) * -(-kappa // config["BLOCK"]),)](
+            mu, log_sigma, eps, grad_z.contiguous(), grad_kl.contiguous(), grad_mu, grad_log_sigma, seed,
+            *_halves(offset), b, kappa, grad_kl.dim() == 2, **config)
     return grad_mu, grad_log_sigma
 
 
@@ -202,4 +204,4 @@ def reparameterize(mu, log_sigma, eps=None, seed=None, offset=0, per_dim=False):
     if (eps is None) == (seed is None):
         raise ValueError("give either eps or a seed")
     op = forward if use_triton(mu) else reparameterize_ref
-    return op(mu, log_sigma, eps, seed or 0, offset, per_dim)
+    return op(mu, log_sigma, None if eps is None else eps.detach(), seed or 0, offset, per_dim)

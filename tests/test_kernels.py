@@ -10,6 +10,9 @@ import torch
 import kernels
 import run
 from kernels import bench_kernels, use_triton
+from kernels.gaussian_log_likelihood import gaussian_log_likelihood
+from kernels.iw_nll import iw_nll
+from kernels.reparameterize import reparameterize
 from tests.compare import DEVICE, triton  # noqa: F401
 from tests.conftest import ROOT
 from vae_ood.likelihood import evaluate
@@ -60,10 +63,26 @@ def test_the_table_of_bytes_is_up_to_date(command):
     assert (ROOT / "results/kernels.md").read_text() == command("-m", "kernels.bench_kernels").stdout
 
 
-def test_triton_runs_on_cuda_unless_float64():
+def test_triton_runs_on_cuda_unless_float64_or_missing(monkeypatch):
+    pytest.importorskip("triton")
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert not use_triton(torch.zeros(1, dtype=dtype))
         assert use_triton(SimpleNamespace(is_cuda=True, dtype=dtype)) == (dtype != torch.float64)
+    monkeypatch.setattr(kernels, "tl", None)
+    assert not use_triton(SimpleNamespace(is_cuda=True, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_data_get_no_gradient_on_either_path(monkeypatch, forced):
+    if forced:
+        pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "OVERRIDE", forced)
+    data, leaf = (torch.rand(2, 3, device=DEVICE, requires_grad=True) for _ in range(2))
+    gamma = torch.tensor(0.0, device=DEVICE)
+    outputs = (reparameterize(leaf, leaf, data)[0], gaussian_log_likelihood(data, leaf, gamma),
+               iw_nll(data, leaf[:, None], gamma.expand(2, 1), gamma))
+    for output in outputs:
+        assert torch.autograd.grad(output.sum(), (leaf, data), allow_unused=True)[1] is None
 
 
 @pytest.mark.parametrize("gamma", ["learned", "profiled"])
