@@ -69,8 +69,8 @@ def test_a_report_with_every_prediction_held_exits_0_and_writes_what_it_measured
     report.check("three", 2, False)
     matplotlib = pytest.importorskip("matplotlib.figure")
     with pytest.raises(SystemExit) as stop:
-        report.finish(tmp_path / "out", {"numbers": [1]}, matplotlib.Figure)
+        report.finish(tmp_path, {"numbers": [1]}, matplotlib.Figure)
     assert stop.value.code == 1
-    written = json.loads((tmp_path / "out" / "name.json").read_text())
+    written = json.loads((tmp_path / "name.json").read_text())
     assert written["numbers"] == [1] and [row["holds"] for row in written["rows"]] == [True, False]
-    assert (tmp_path / "out" / "name.png").stat().st_size > 0
+    assert (tmp_path / "name.png").stat().st_size > 0

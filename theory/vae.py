@@ -34,8 +34,7 @@ class VAE(nn.Module):
     """q(z|x) = N(mu, diag sigma^2), p(x|z) = N(decoder(z), gamma I) in R^d, one model a seed, in float64.
 
     `hidden` are the decoder's widths, which are its capacity: none, and it is affine. The encoder is always ample.
-    gamma starts at 0.1, for data of unit scale: above the largest variance, a collapsed posterior is the optimum; and
-    from below 0.1, gamma falls before a superfluous dimension is given back, which then stays active.
+    gamma starts at 0.03, for data of unit scale: above the largest variance, a collapsed posterior is the optimum.
     """
 
     def __init__(self, d, kappa, hidden, seeds):
@@ -44,7 +43,7 @@ class VAE(nn.Module):
         self.d, self.kappa, self.seeds = d, kappa, seeds
         self.encoder = MLP((d, 64, 64, 2 * kappa), seeds, generator)
         self.decoder = MLP((kappa, *hidden, d), seeds, generator)
-        self.log_gamma = nn.Parameter(torch.full((seeds, 1), math.log(0.1), dtype=torch.float64))
+        self.log_gamma = nn.Parameter(torch.full((seeds, 1), math.log(0.03), dtype=torch.float64))
 
     def loss(self, x, eps):
         """The negative ELBO in nats (equation 1) of x [S, N, d] with noise eps [S, N, kappa], [S, N]."""
@@ -112,10 +111,25 @@ class VAE(nn.Module):
 
     def density_map(self, extent, pixels=120, seed=0):
         """p(x) over the square [-extent, extent]^2 of the first two coordinates, the others integrated out, as an image
-        [pixels, pixels] with x_1 to the right and x_2 upwards: the histogram of the means, blurred."""
+        [pixels, pixels] with x_1 to the right and x_2 upwards: the histogram of the means, blurred by gamma, or by a
+        pixel where that is more."""
         log_weight, mean = self.prior_grid()
         edges = np.linspace(-extent, extent, pixels + 1)
         mass, _, _ = np.histogram2d(*mean[seed, :, :2].T.numpy(), edges, weights=log_weight.exp().numpy())
-        centres, gamma = (edges[1:] + edges[:-1]) / 2, self.gammas()[seed]
-        blur = np.exp(-0.5 * (centres[:, None] - centres) ** 2 / gamma) / math.sqrt(2 * math.pi * gamma)
+        centres, variance = (edges[1:] + edges[:-1]) / 2, max(self.gammas()[seed], (edges[1] - edges[0]) ** 2)
+        blur = np.exp(-0.5 * (centres[:, None] - centres) ** 2 / variance) / math.sqrt(2 * math.pi * variance)
         return (blur @ mass @ blur).T[::-1]
+
+
+@torch.no_grad()
+def best_of(starts, x, model):
+    """Of each `starts` consecutive models, only that of the lowest loss on x [n, d]: the predictions are of the
+    optimum, and some starts end elsewhere (a superfluous dimension stays active, or a line crosses itself)."""
+    generator = torch.Generator().manual_seed(3)
+    eps = torch.randn(model.seeds, 8 * len(x), model.kappa, generator=generator, dtype=torch.float64)
+    loss = model.loss(x.repeat(8, 1).expand(model.seeds, -1, -1), eps).mean(1)
+    kept = torch.arange(0, model.seeds, starts) + loss.view(-1, starts).argmin(1)
+    for parameter in model.parameters():
+        parameter.data = parameter[kept]
+    model.seeds = len(kept)
+    return model
