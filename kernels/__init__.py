@@ -3,6 +3,9 @@
 Nothing here knows of vae_ood; everything is in nats.
 """
 
+import functools
+import warnings
+
 import torch
 
 try:
@@ -20,12 +23,25 @@ except ImportError:  # there are wheels for Linux only; elsewhere every op takes
 OVERRIDE = None  # True: always Triton, False: never; for tests
 
 
+@functools.cache
+@torch.compiler.assume_constant_result  # below the cache, which torch.compile looks through
+def driver_starts():
+    """Whether Triton's driver starts, with a warning if not: it is built on the spot, by a C compiler."""
+    try:
+        from triton.runtime import driver
+        driver.active.get_current_device()
+    except Exception as error:
+        warnings.warn(f"plain torch instead of the Triton kernels, whose driver does not start: {error}", stacklevel=1)
+        return False
+    return True
+
+
 def use_triton(tensor):
     """Whether an op on `tensor` runs as a Triton kernel: on CUDA, unless it is float64, where torch is as exact as the
-    caller asks for. Elsewhere plain torch is as fast, and torch.compile fuses it."""
+    caller asks for, or Triton's driver does not start. Elsewhere plain torch is as fast, and torch.compile fuses it."""
     if OVERRIDE is not None:
         return OVERRIDE
-    return tl is not None and tensor.is_cuda and tensor.dtype != torch.float64
+    return tl is not None and tensor.is_cuda and tensor.dtype != torch.float64 and driver_starts()
 
 
 def accumulation_dtype(tensor):

@@ -106,7 +106,7 @@ def copy_bandwidth():
 
 
 @pytest.fixture(scope="module")
-def table():
+def table(request):
     rows = []
     with torch._functorch.config.patch(donated_buffer=False):  # the backward is timed on a kept graph
         yield rows
@@ -116,6 +116,12 @@ def table():
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        show(rows, path)
+
+
+def show(rows, path):
+    """Print the table."""
     print(f"\n{NAME}, torch {torch.__version__}, copy {copy_bandwidth() / 1e9:.0f} GB/s; eager, compiled"
           + (" and Triton" if CUDA else ": no GPU here, the Triton kernels are not timed") + f"; {path}")
     print(f"{'op':<24}{'direction':<10}{'B':>7}{'K':>6}{'d':>6} {'dtype':<9}{'path':<9}{'us':>10}{'GB/s':>7}"

@@ -95,10 +95,9 @@ def _backward_kernel(
     x_ptr,  # [B, D] pixels
     mean_ptr,  # [B, K, D] mean or logits
     grad_squared_error_ptr,  # [B, K]
-    grad_mean_ptr,  # [B, K, D] out, with respect to mean or logits
-    x_stride, mean_stride_b, mean_stride_k, grad_stride_b, grad_stride_k, K, tiles, D: tl.constexpr,
-    INNER: tl.constexpr, X_OUTER: tl.constexpr, X_INNER: tl.constexpr, LOGITS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad_mean_ptr,  # [B, K, D] out, with respect to mean or logits; a sample in the order of the mean's
+    x_stride, mean_stride_b, mean_stride_k, K, tiles, D: tl.constexpr, INNER: tl.constexpr, X_OUTER: tl.constexpr,
+    X_INNER: tl.constexpr, LOGITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // blocks
@@ -110,7 +109,7 @@ def _backward_kernel(
     grad = tl.load(grad_squared_error_ptr + b * K + k, k < K, other=0)[:, None] * 2 * (mean - x)
     if LOGITS:
         grad *= mean * (1 - mean)
-    tl.store(grad_mean_ptr + b * grad_stride_b + k[:, None].to(tl.int64) * grad_stride_k + columns[None, :], grad, mask)
+    tl.store(grad_mean_ptr + (b * K + k[:, None]) * D + columns[None, :], grad, mask)
 
 
 def dense(mean, batch_dims):
@@ -125,7 +124,8 @@ def dense(mean, batch_dims):
 
 
 def match(x, mean, batch_dims):
-    """x and the factors of its order against that of the dense `mean`; x is copied if two factors do not describe it.
+    """x and the factors of its order against that of the dense `mean`; x is copied if two factors do not describe it,
+    or int32 not an offset within a sample.
 
     Returns (x, {INNER, X_OUTER, X_INNER})."""
     order = sorted(range(1, x.dim()), key=lambda i: -mean.stride(i + batch_dims - 1))
@@ -135,12 +135,25 @@ def match(x, mean, batch_dims):
             groups[-1] = [groups[-1][0] * size, stride]
         else:
             groups.append([size, stride])
-    if len(groups) > 2:
+    if len(groups) > 2 or sum((x.shape[i] - 1) * x.stride(i) for i in order) >= 2**31:
         sample = mean if batch_dims == 1 else mean[:, 0]
         return match(torch.empty_like(sample, dtype=x.dtype).copy_(x), mean, batch_dims)
     outer = groups[0][1] if groups else 1
     inner, x_inner = groups[1] if len(groups) == 2 else (1, 0)
     return x, {"INNER": inner, "X_OUTER": outer, "X_INNER": x_inner}
+
+
+def gradient_like(mean):
+    """Memory for the gradient by the dense mean [B, K, *S]: its samples lie as the mean's, one after the other."""
+    d = math.prod(mean.shape[2:])
+    return mean.new_empty_strided(mean.shape, (mean.shape[1] * d, d, *mean.stride()[2:]))
+
+
+def check_log_gamma(log_gamma, mean):
+    """ValueError unless log_gamma is a scalar on the mean's device."""
+    if log_gamma.dim() or log_gamma.device != mean.device:
+        raise ValueError(f"log_gamma is of shape {tuple(log_gamma.shape)} on {log_gamma.device}: expected a scalar on "
+                         f"{mean.device}")
 
 
 def tile(n_k, d, itemsize, order):
@@ -181,20 +194,20 @@ def squared_error_backward(x: torch.Tensor, mean_or_logits: torch.Tensor, grad_s
     """x [B, *S], mean_or_logits [B, K, *S], grad_squared_error [B, K] -> the gradient by mean_or_logits, like it."""
     b, k, d = *grad_squared_error.shape, math.prod(x.shape[1:])
     mean = dense(mean_or_logits, 2)
-    grad = torch.empty_like(mean)
+    grad = gradient_like(mean)
     x, order = match(x, mean, 2)
     config = tile(k, d, mean.element_size(), order)
     tiles = -(-k // config["TILE"])
     with torch.cuda.device_of(mean):
         _backward_kernel[(b * tiles * -(-d // config["BLOCK"]),)](
-            x, mean, grad_squared_error.float().contiguous(), grad, x.stride(0), *mean.stride()[:2],
-            *grad.stride()[:2], k, tiles, d, **order, LOGITS=logits, **config)
+            x, mean, grad_squared_error.float().contiguous(), grad, x.stride(0), *mean.stride()[:2], k, tiles, d,
+            **order, LOGITS=logits, **config)
     return grad
 
 
 @squared_error_backward.register_fake
 def _(x, mean_or_logits, grad_squared_error, logits):
-    return torch.empty_like(dense(mean_or_logits, 2))
+    return gradient_like(dense(mean_or_logits, 2))
 
 
 def _setup(ctx, inputs, output):
@@ -207,7 +220,10 @@ def _backward(ctx, grad_log_likelihood, grad_squared_error):
     scaled = squared_error / log_gamma.exp()
     by_log_gamma = (grad_log_likelihood * 0.5 * (scaled - math.prod(x.shape[1:]))).sum().to(log_gamma.dtype)
     by_squared_error = grad_squared_error - 0.5 * grad_log_likelihood / log_gamma.exp()
-    by_mean = squared_error_backward(x, mean_or_logits.unsqueeze(1), by_squared_error[:, None], ctx.logits).squeeze(1)
+    by_mean = None
+    if ctx.needs_input_grad[1]:
+        by_mean = squared_error_backward(x, mean_or_logits.unsqueeze(1), by_squared_error[:, None], ctx.logits)
+        by_mean = by_mean.squeeze(1)
     return None, by_mean, by_log_gamma, None
 
 
@@ -220,11 +236,12 @@ def gaussian_log_likelihood(x, mean_or_logits, log_gamma, logits=False, return_s
     x: [B, *S], uint8 (divided by 255) or float, any strides; it is data and gets no gradient.
     mean_or_logits: [B, *S] float32, float16 or bfloat16; with `logits`, the mean is its sigmoid, which is not written
     to memory. log_gamma: a scalar tensor, the log of the variance. Sums are in float32 (float64 for float64).
-    Returns [B], or with `return_squared_error` ([B], ||x - mean||^2 [B]), both differentiable.
-    Raises ValueError where the shapes differ.
+    Returns [B], or with `return_squared_error` ([B], ||x - mean||^2 [B]), both differentiable (on CUDA, once).
+    Raises ValueError where the shapes differ, or log_gamma is no scalar on the mean's device.
     """
     if x.shape != mean_or_logits.shape:
         raise ValueError(f"x {tuple(x.shape)} and the mean {tuple(mean_or_logits.shape)} differ in shape")
+    check_log_gamma(log_gamma, mean_or_logits)
     op = forward if use_triton(mean_or_logits) else gaussian_log_likelihood_ref
     log_likelihood, squared_error = op(x.detach(), mean_or_logits, log_gamma, logits)
     return (log_likelihood, squared_error) if return_squared_error else log_likelihood

@@ -8,6 +8,7 @@ import torch
 
 from kernels import tl, triton, use_triton
 from kernels.gaussian_log_likelihood import (
+    check_log_gamma,
     dense,
     log_normal,
     log_normal_tile,
@@ -21,7 +22,8 @@ from kernels.gaussian_log_likelihood import (
 
 def iw_nll_ref(x, mean_or_logits, log_prior_minus_log_q, log_gamma, logits):
     squared_error = squared_error_ref(x, mean_or_logits, logits)
-    log_w = log_normal(squared_error, math.prod(x.shape[1:]), log_gamma) + log_prior_minus_log_q
+    log_normals = log_normal(squared_error, math.prod(x.shape[1:]), log_gamma)
+    log_w = log_normals + log_prior_minus_log_q.to(log_normals.dtype)
     return math.log(log_w.shape[1]) - torch.logsumexp(log_w, 1), squared_error
 
 
@@ -104,7 +106,8 @@ def _backward(ctx, grad_nll, grad_squared_error):
     by_log_w = -grad_nll[:, None] * log_w.softmax(1)  # exp(log_w + nll) would carry the rounding of a large nll
     by_log_gamma = (by_log_w * 0.5 * (squared_error / log_gamma.exp() - d)).sum().to(log_gamma.dtype)
     by_squared_error = grad_squared_error - 0.5 * by_log_w / log_gamma.exp()
-    by_mean = squared_error_backward(x, mean_or_logits, by_squared_error, ctx.logits)
+    by_mean = (squared_error_backward(x, mean_or_logits, by_squared_error, ctx.logits) if ctx.needs_input_grad[1]
+               else None)
     return None, by_mean, by_log_w.to(log_ratio.dtype), by_log_gamma, None
 
 
@@ -117,16 +120,18 @@ def iw_nll(x, mean_or_logits, log_prior_minus_log_q, log_gamma, logits=False, re
     x: [B, *S], uint8 (divided by 255) or float, any strides; it is data and gets no gradient.
     mean_or_logits: [B, K, *S] float32, float16 or bfloat16: the decoder's output of z_k ~ q(z|x); with `logits`, the
     mean is its sigmoid. log_prior_minus_log_q: [B, K], log p(z_k) - log q(z_k|x) in nats, -inf allowed (a weight of
-    0; all of them: the NLL is inf). log_gamma: a scalar tensor, the log of the variance.
+    0; all of them: the NLL is inf, the gradient NaN). log_gamma: a scalar tensor, the log of the variance.
     Sums are in float32 (float64 for float64); the log-sum-exp is per sample over its own K, and stable. The gradient
     is that of the bound: each z_k weighs w_k / sum w (equation 13 of arXiv 1509.00519).
     Returns [B], an upper bound of -log p(x) in expectation (K = 1: the negative ELBO); with `return_squared_error`
-    also ||x - mean_k||^2 [B, K]. Raises ValueError where the shapes do not fit.
+    also ||x - mean_k||^2 [B, K]; both differentiable (on CUDA, once). Raises ValueError where the shapes do not fit,
+    or log_gamma is no scalar on the means' device.
     """
     b, k = mean_or_logits.shape[:2]
     if (b, *x.shape[1:]) != (len(x), *mean_or_logits.shape[2:]) or log_prior_minus_log_q.shape != (b, k) or not k:
         raise ValueError(f"x {tuple(x.shape)}, the means {tuple(mean_or_logits.shape)} and the log weights "
                          f"{tuple(log_prior_minus_log_q.shape)} do not fit: expected [B, *S], [B, K, *S] and [B, K]")
+    check_log_gamma(log_gamma, mean_or_logits)
     op = forward if use_triton(mean_or_logits) else iw_nll_ref
     nll, squared_error = op(x.detach(), mean_or_logits, log_prior_minus_log_q, log_gamma, logits)
     return (nll, squared_error) if return_squared_error else nll

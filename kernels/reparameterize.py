@@ -195,13 +195,15 @@ def reparameterize(mu, log_sigma, eps=None, seed=None, offset=0, per_dim=False):
     offset give the same noise on every device (to rounding), which is not stored but drawn again for the gradient. Row
     b of it does not depend on B, nor on kappa. Count the steps by `offset`.
     Returns z [B, kappa] like mu, and the KL in float32: summed per sample, [B], or with `per_dim` [B, kappa], whose
-    mean over a data set is the mutual information of each dimension (paper, section 4.2). Both are differentiable.
-    Raises ValueError where the shapes differ, or unless one of eps and seed is given.
+    mean over a data set is the mutual information of each dimension (paper, section 4.2). Both are differentiable (on
+    CUDA, once). Raises ValueError where the shapes differ, unless one of eps and seed is given, and outside the ranges.
     """
     if mu.shape != log_sigma.shape or mu.dim() != 2 or (eps is not None and eps.shape != mu.shape):
         raise ValueError(f"mu {tuple(mu.shape)}, log_sigma {tuple(log_sigma.shape)} and eps "
                          f"{None if eps is None else tuple(eps.shape)} do not fit: all are [B, kappa]")
     if (eps is None) == (seed is None):
         raise ValueError("give either eps or a seed")
+    if not (0 <= (seed or 0) < 2**63 and 0 <= offset < 2**62):
+        raise ValueError(f"seed {seed} or offset {offset} is not in [0, 2^63) or [0, 2^62)")
     op = forward if use_triton(mu) else reparameterize_ref
     return op(mu, log_sigma, None if eps is None else eps.detach(), seed or 0, offset, per_dim)

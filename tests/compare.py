@@ -42,6 +42,8 @@ def assert_matches(function, *leaves, floor=FLOOR):
         assert a.dtype == b.dtype and a.shape == b.shape and c.dtype == torch.float64, i
         finite = c.isfinite()
         torch.testing.assert_close(a[~finite].double(), c[~finite], equal_nan=True)
+        assert not a[finite & ~b.isfinite()].isfinite().any(), i  # both overflow, or neither
+        finite &= b.isfinite()
         a, b, c = a[finite].double(), b[finite].double(), c[finite]
         if not len(c):
             continue

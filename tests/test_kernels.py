@@ -65,11 +65,28 @@ def test_the_table_of_bytes_is_up_to_date(command):
 
 def test_triton_runs_on_cuda_unless_float64_or_missing(monkeypatch):
     pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "driver_starts", lambda: True)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert not use_triton(torch.zeros(1, dtype=dtype))
         assert use_triton(SimpleNamespace(is_cuda=True, dtype=dtype)) == (dtype != torch.float64)
     monkeypatch.setattr(kernels, "tl", None)
     assert not use_triton(SimpleNamespace(is_cuda=True, dtype=torch.float32))
+
+
+def test_plain_torch_runs_where_the_driver_of_triton_does_not_start(monkeypatch):
+    driver = pytest.importorskip("triton.runtime").driver
+
+    def no_compiler():
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_device=no_compiler))
+    kernels.driver_starts.cache_clear()
+    with pytest.warns(UserWarning, match="plain torch instead of .* C compiler"):
+        assert not use_triton(SimpleNamespace(is_cuda=True, dtype=torch.float32))
+    compiled = torch.compile(lambda x: x + kernels.driver_starts(), fullgraph=True, backend="aot_eager")
+    assert float(compiled(torch.zeros(()))) == 0
+    monkeypatch.undo()
+    kernels.driver_starts.cache_clear()
 
 
 @pytest.mark.parametrize("forced", [False, True])
@@ -102,8 +119,24 @@ def test_training_step_is_the_same_on_both_paths(monkeypatch, gamma, amp):
         return *outputs, *torch.autograd.grad(outputs[0], [*parameters, probe])
 
     limits = {"rtol": 0.05, "atol": 0.05} if amp else {"rtol": 1e-4, "atol": 1e-5}  # bfloat16 weights' gradients
-    for ours, plain in zip(step(True), step(False), strict=True):
-        torch.testing.assert_close(ours, plain, **limits)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        for ours, plain in zip(step(True), step(False), strict=True):
+            torch.testing.assert_close(ours, plain, **limits)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton")
+def test_inductor_compiles_a_training_step_around_the_kernels():
+    torch.manual_seed(0)
+    model, eps = VAE((3, 8, 8), 0.1, 5, 0.1, learn_gamma=True).to(DEVICE), torch.randn(6, 5, device=DEVICE)
+    arguments = (model, torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, device=DEVICE), eps, torch.zeros_like(eps),
+                 torch.tensor(0.0, device=DEVICE), False, False)
+    losses, gradients = [], []
+    for terms in (run.loss_terms, torch.compile(run.loss_terms, fullgraph=True)):
+        losses.append(terms(*arguments)[0])
+        gradients.append(torch.autograd.grad(losses[-1], list(model.parameters())))
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dequantize", [False, True])

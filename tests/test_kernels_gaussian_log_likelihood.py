@@ -10,6 +10,7 @@ from kernels.gaussian_log_likelihood import (
     forward,
     gaussian_log_likelihood,
     gaussian_log_likelihood_ref,
+    match,
     squared_error_backward,
 )
 from tests.compare import DEVICE, assert_matches, triton  # noqa: F401
@@ -107,6 +108,15 @@ def test_compiles_without_a_graph_break_and_passes_opcheck():
     torch.testing.assert_close(ours, plain)
 
 
+def test_pixels_too_far_apart_for_int32_are_copied():
+    far = torch.empty_strided((4, 12288), (1, 200_000), dtype=torch.uint8, device="meta")
+    mean = torch.empty(4, 12288, device="meta")
+    assert match(far, mean, 1)[0].stride() == (12288, 1)
+    assert match(far[:, :10_000], mean[:, :10_000], 1)[0].stride() == (1, 200_000)
+
+
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"\(2, 3\) and the mean \(2, 4\) differ"):
         gaussian_log_likelihood(torch.zeros(2, 3), torch.zeros(2, 4), torch.tensor(0.0))
+    with pytest.raises(ValueError, match=r"log_gamma is of shape \(2,\)"):
+        gaussian_log_likelihood(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2))

@@ -36,7 +36,22 @@ def test_extreme_weights(k):
         log_ratio[1] += 1e4
         log_ratio[2] -= 1e4
         assert_matches(lambda mean, log_ratio, log_gamma: (iw_nll(x, mean, log_ratio, log_gamma, True),), mean,
-                       log_ratio.requires_grad_(), log_of(0.1), floor=1e-3)  # log weights of 1e4 are rounded to that
+                       log_ratio.requires_grad_(), log_of(0.1), floor=1e-3)  # gradients by weights rounded to 1e-3
+        ours = iw_nll(x, mean, log_ratio, log_of(0.1), True).double()
+        exact = iw_nll_ref(x, mean.double(), log_ratio.double(), log_of(0.1).double(), True)[0]
+        assert ((ours - exact).abs() <= 4 * 2**-23 * exact.abs().clamp(min=10)).all()
+
+
+@pytest.mark.parametrize("order", [None, CL])
+@pytest.mark.usefixtures("triton")
+def test_means_that_overlap_or_are_spread_in_memory(order):
+    x, whole = problem(3, (3, 4, 5), None, order, k=6)
+    whole = whole.detach()
+    windows = torch.randn(3, 100, device=DEVICE).as_strided((3, 4, 3, 4, 5), (100, 7, 20, 5, 1))
+    for mean in (whole[:, 1:4], whole[:, ::2], whole[:1].expand(3, -1, -1, -1, -1), whole[:, :1].expand(
+            -1, 4, -1, -1, -1), windows):
+        assert_matches(lambda mean: (iw_nll(x, mean, ratio(3, mean.shape[1]).detach(), log_of(0.1), True),),
+                       mean.requires_grad_())
 
 
 @pytest.mark.parametrize("tiles", [1, 1024, 2501])

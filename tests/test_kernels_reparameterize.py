@@ -124,3 +124,6 @@ def test_arguments_are_checked():
             reparameterize(x, x, **arguments)
     with pytest.raises(ValueError, match="do not fit"):
         reparameterize(x, torch.zeros(3, 3), seed=1)
+    for seed, offset in ((-1, 0), (2**63, 0), (0, -1), (0, 2**62)):
+        with pytest.raises(ValueError, match="is not in"):
+            reparameterize(x, x, seed=seed, offset=offset)

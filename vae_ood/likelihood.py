@@ -65,10 +65,11 @@ def evaluate(model, images, iw_samples, seed=0, dequantize=False, first=0, progr
         z, kl = z.unflatten(0, (-1, k)), kl[::k].double()
         log_ratio = log_prior_minus_log_q(z.double(), eps.double(), log_sigma.double())
         log_mean_w, squared_error = [], []
-        for part in torch.arange(k, device=device).split(chunk):  # one part, unless k is above the chunk
-            decoded = model.decode(z[:, part].flatten(0, 1)).unflatten(0, (len(x), len(part)))
-            nll, error = iw_nll(x, decoded, log_ratio[:, part], model.log_gamma, model.logits, True)
-            log_mean_w.append(math.log(len(part) / k) - nll.double())
+        for z_part, log_ratio_part in zip(z.split(chunk, 1), log_ratio.split(chunk, 1), strict=True):  # one, mostly
+            part = z_part.shape[1]
+            decoded = model.decode(z_part.flatten(0, 1)).unflatten(0, (-1, part))
+            nll, error = iw_nll(x, decoded, log_ratio_part, model.log_gamma, model.logits, True)
+            log_mean_w.append(math.log(part / k) - nll.double())
             squared_error.append(error.double())
         squared_error = torch.cat(squared_error, 1)
         out["nll"].append(kl.sum(1) - log_normal(squared_error, d, model.log_gamma.double()).mean(1))
