@@ -26,7 +26,7 @@ def test_penalties_are_concave_and_non_decreasing_and_their_derivatives_are_thos
 def test_the_closed_forms_equate_the_two_costs():
     for penalty, eps in [(power(p), theorem1.predicted_power(p)) for p in (0.1, 0.5, 0.8)] + [
             (logarithm(theorem1.predicted_delta(eps)), eps) for eps in (0.01, 0.3)] + [
-            (h(tau), theorem1.predicted_bounded(h(tau))) for h in (ratio, exponential, logarithm) for tau in (1, 1e-3)]:
+            (h(tau), theorem1.predicted_bounded(h, tau)) for h in (ratio, exponential, logarithm) for tau in (1, 1e-3)]:
         sparse, dense = theorem1.cost(penalty, theorem1.analytic(eps)[:2, :3]).tolist()
         assert sparse == pytest.approx(dense, rel=1e-3), penalty.name
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from vae_ood import plots
-from vae_ood.cli import Parser, make_folder, one_line_errors
+from vae_ood.cli import Parser, make_folder
 
 
 class Report:
@@ -41,8 +41,7 @@ def parse(description, quick=None):
     parser.add_argument("--out", metavar="DIR", help="write the figures and numbers there")
     if quick:
         parser.add_argument("--quick", action="store_true", help=quick)
-    with one_line_errors():
-        args = parser.parse_args()
-        if args.out:
-            make_folder(Path(args.out))
+    args = parser.parse_args()
+    if args.out:
+        make_folder(Path(args.out))
     return args

@@ -7,7 +7,8 @@ Inliers lie on the unit circle. The maximum-likelihood Gaussian has their mean, 
 |x|^2 + log(pi): every point inside the circle is more likely than every inlier, and the AUROC of these outliers is 0. A
 VAE puts its mass on the image of its decoder, thickened by gamma, and gamma falls towards 0 as the decoder learns to
 follow the circle: with kappa = 1 along a line that is cut once, with kappa = 2 around a ring, which takes both
-dimensions though r = 1, as a closed curve has no continuous inverse into a line.
+dimensions though r = 1, as a closed curve has no continuous inverse into a line. For kappa = 1 each of the three seeds
+is the best of four starts by training loss: some starts end in a line that crosses itself.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch
 
 from theory import Report, parse
 from theory.vae import VAE, best_of
+from vae_ood.cli import one_line_errors
 from vae_ood.metrics import detection
 
 INSIDE = 0.9  # outliers are uniform in the disc of this radius
@@ -54,7 +56,8 @@ def main():
                                                                             ("I", torch.eye(2).double()))}
     report.check("its mean NLL is log(pi) + 1 = 2.1447 nats, against log(2 pi) + 1 / 2 = 2.3379 with covariance I",
                  f"{nlls['I / 2']:.4f} and {nlls['I']:.4f}",
-                 abs(nlls["I / 2"] - math.log(math.pi) - 1) < 1e-9 and nlls["I / 2"] < nlls["I"])
+                 all(abs(nlls[name] - value) < 1e-9 for name, value in (
+                     ("I / 2", math.log(math.pi) + 1), ("I", math.log(2 * math.pi) + 0.5))))
     gaussian = auroc(gaussian_nll(test, mean, covariance), gaussian_nll(outliers, mean, covariance))
     report.check("each point inside is more likely than each inlier: AUROC 0", f"{gaussian:.4f}", gaussian == 0)
 
@@ -93,4 +96,5 @@ def draw(models, mean, covariance, test, outliers, numbers, extent=1.4):
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

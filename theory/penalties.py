@@ -22,6 +22,7 @@ class Penalty:
 
     @property
     def bounded(self):
+        """Whether the slope at zero is finite."""
         return math.isfinite(self.slope)
 
 
@@ -30,14 +31,17 @@ indicator = Penalty("1[u > 0]", lambda u: (u > 0).to(u.dtype), torch.zeros_like,
 
 
 def ratio(tau):
+    """u / (u + tau), tau > 0."""
     return Penalty(f"u / (u + {tau:g})", lambda u: u / (u + tau), lambda u: tau / (u + tau).square(), 1 / tau)
 
 
 def exponential(tau):
+    """1 - exp(-u / tau), tau > 0."""
     return Penalty(f"1 - exp(-u / {tau:g})", lambda u: -(-u / tau).expm1(), lambda u: (-u / tau).exp() / tau, 1 / tau)
 
 
 def logarithm(tau):
+    """log(1 + u / tau), tau > 0."""
     return Penalty(f"log(1 + u / {tau:g})", lambda u: torch.log1p(u / tau), lambda u: 1 / (u + tau), 1 / tau)
 
 

@@ -21,9 +21,14 @@ predicts trouble for:
     (f) arc,      kappa 2, excessive       gamma -> 0 on the training points, and so for points beside the arc
 
 Trouble is an AUROC below 0.95, none at least 0.98, of -log p(x), integrated over z (equation 3), 200 inlier test
-points against 200 outliers. gamma "-> 0" is below 0.01, "far from 0" above 0.02, where the data vary by 0.3 to 0.7 a
-coordinate; the fit stops at 2e-4. Overfitting is a test NLL more than 1 nat above the training NLL. As a control
-beside (c), the crescent with kappa = r = 2 at the same capacity must separate what (c) does not.
+points against 200 outliers; each seed draws points, initialisation and noise anew. gamma "-> 0" is below 0.01, "far
+from 0" above 0.02, where the data vary by 0.3 to 0.7 a coordinate; the fit stops at 2e-4. Overfitting is a test NLL
+more than 1 nat above the training NLL. As a control beside (c), the crescent with kappa = r = 2 at the same capacity
+must separate what (c) does not. The predictions are of the optimum: (d) and the control take the best of several
+starts by training loss.
+
+The importance-weighted NLL agrees with the integral on inliers that the encoder was trained for. In (e) and (f) it does
+not on test points, where the encoder proposes wrong z: it is an upper bound, there a useless one. The integral is used.
 """
 
 import math
@@ -32,7 +37,8 @@ import torch
 
 from theory import Report, parse
 from theory.circle import auroc, circle
-from theory.vae import VAE, best_of
+from theory.vae import FLOOR, VAE, best_of
+from vae_ood.cli import one_line_errors
 
 SPAN = 0.75 * math.pi  # of the arc, to both sides of its middle, which points left
 SETS = 200  # points of each evaluation set
@@ -112,22 +118,27 @@ PREDICTIONS = {  # of gamma (to 0 or not, None: nothing said), overfitting, trou
 def measure(panel, steps, seeds):
     """Train a panel's VAE and measure it: (model, sets of points, figures a seed each)."""
     inliers, kappa, _, hidden, n = PANELS[panel]
-    g = torch.Generator().manual_seed(0)
-    flat = inliers is crescent
-    sets = {"train": inliers(n, g), "test": inliers(SETS, g), "hollow": hollow(SETS, g),
-            "beside": (beside_tips if flat else beside_arc)(SETS, g)}
-    if not flat:
-        sets["hollow"] = in_space(sets["hollow"])
+    flat, draws = inliers is crescent, []
+    for seed in range(seeds):
+        g = torch.Generator().manual_seed(seed)
+        draws.append({"train": inliers(n, g), "test": inliers(SETS, g),
+                      "hollow": hollow(SETS, g) if flat else in_space(hollow(SETS, g)),
+                      "beside": (beside_tips if flat else beside_arc)(SETS, g)})
+    sets = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}  # [S, n, d]
     starts = STARTS.get(panel, 1)
-    model = VAE(2 if flat else 3, kappa, hidden, starts * seeds).fit(sets["train"], steps)
-    model = best_of(starts, sets["train"], model)
-    points = [x[:SETS] for x in sets.values()]
-    nll = dict(zip(sets, model.nll(torch.cat(points)).split([len(x) for x in points], 1), strict=True))
-    iw = model.iw_nll(sets["test"], IW_SAMPLES)
+    repeated = sets["train"].repeat_interleave(starts, 0)
+    model = VAE(2 if flat else 3, kappa, hidden, starts * seeds).fit(repeated, steps)
+    active = (model.kl_per_dim(repeated) > 0.05).sum(1).view(seeds, starts)
+    model = best_of(starts, repeated, model)
+    points = [x[:, :SETS] for x in sets.values()]
+    nll = dict(zip(sets, model.nll(torch.cat(points, 1)).split([x.shape[1] for x in points], 1), strict=True))
+    iw = {name: model.iw_nll(sets[name][:, :SETS], IW_SAMPLES) for name in ("train", "test")}
     result = {
         "gamma": model.gammas(), "active_dims": (model.kl_per_dim(sets["train"]) > 0.05).sum(1).tolist(),
+        "active_dims_of_all_starts": active.tolist(),
         "train_nll": nll["train"].mean(1).tolist(), "test_nll": nll["test"].mean(1).tolist(),
-        "test_nll_iw": iw.mean(1).tolist(), "iw_minus_integral_median": (iw - nll["test"]).median(1).values.tolist(),
+        "test_nll_iw": iw["test"].mean(1).tolist(),
+        "iw_minus_integral": {name: (v - nll[name]).median(1).values.tolist() for name, v in iw.items()},
         "auroc": {name: [auroc(a, b) for a, b in zip(nll["test"], nll[name], strict=True)]
                   for name in ("hollow", "beside")},
     }
@@ -155,7 +166,8 @@ def main():
               f"{listed(result['test_nll_iw'], '.2f')}) nats")
         to_zero, overfit, trouble = PREDICTIONS[panel]
         if to_zero is not None:
-            report.check(f"({panel}) gamma {'-> 0' if to_zero else 'stays far from 0'}", listed(result["gamma"], ".2g"),
+            report.check(f"({panel}) gamma {f'-> 0 (no lower than {FLOOR:g})' if to_zero else 'stays far from 0'}",
+                         listed(result["gamma"], ".2g"),
                          max(result["gamma"]) < 0.01 if to_zero else min(result["gamma"]) > 0.02)
         gaps = [test - train for test, train in zip(result["test_nll"], result["train_nll"], strict=True)]
         report.check(f"({panel}) {'overfits' if overfit else 'does not overfit'}: test NLL {'>' if overfit else '<'} "
@@ -166,11 +178,13 @@ def main():
                          f"{name}", listed(values, ".3f"), max(values) < 0.95 if expected else min(values) >= 0.98)
         if panel == "d":
             active = result["active_dims"]
-            report.check("(d) one active dimension", listed(active, "d"), set(active) == {1})
-        if not overfit:  # an encoder that never saw test points proposes badly around them
-            off = [abs(v) for v in result["iw_minus_integral_median"]]
-            report.check(f"({panel}) importance-weighted NLL, K = {IW_SAMPLES}: within 0.05 nats of the integral",
-                         f"{listed(off, '.4f')} (median of the points)", max(off) < 0.05)
+            pruned = [one for seed in result["active_dims_of_all_starts"] for one in seed].count(1)
+            report.check(f"(d) one active dimension, in the best of {STARTS['d']} starts by training loss",
+                         f"{listed(active, 'd')}; in {pruned} of {seeds * STARTS['d']} starts", set(active) == {1})
+        where = "train" if overfit else "test"
+        off = result["iw_minus_integral"][where]
+        report.check(f"({panel}) importance-weighted NLL, K = {IW_SAMPLES}, of {where} points: within 0.05 nats of the "
+                     "integral", f"{listed(off, '+.4f')} (median of the points)", max(map(abs, off)) < 0.05)
     report.finish(args.out, numbers, lambda: draw(drawn, numbers))
 
 
@@ -193,10 +207,10 @@ def draw(drawn, numbers, extent=1.7):
                           label=r"$\pm 2\sqrt{\gamma}$" if sign > 0 else None)
         else:
             axes.plot(*mean.T, ".", color="C2", markersize=2, label="learned manifold")
-        axes.plot(*sets["train"][:200, :2].T, ".", color="C0", markersize=4, label="inliers, training")
-        axes.plot(*sets["test"][:100, :2].T, "o", color="C0", markersize=4, fillstyle="none", label="inliers, test")
+        axes.plot(*sets["train"][0, :200, :2].T, ".", color="C0", markersize=4, label="inliers, training")
+        axes.plot(*sets["test"][0, :100, :2].T, "o", color="C0", markersize=4, fillstyle="none", label="inliers, test")
         for name in trouble:
-            axes.plot(*sets[name][:60, :2].T, "x", color="C3", markersize=4)
+            axes.plot(*sets[name][0, :60, :2].T, "x", color="C3", markersize=4)
         _, kappa, capacity, _, _ = PANELS[panel]
         figures = "; ".join(f"AUROC {name} {result['auroc'][name][0]:.2f}" for name in trouble)
         axes.set(title=f"({panel}) {capacity}, $\\kappa$ = {kappa}, $\\gamma$ = {result['gamma'][0]:.2g}\n{figures}",
@@ -207,4 +221,5 @@ def draw(drawn, numbers, extent=1.7):
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -10,6 +10,7 @@ from torch import nn
 from kernels.iw_nll import iw_nll
 from vae_ood.likelihood import log_prior_minus_log_q
 
+FLOOR = 2e-4  # the least gamma
 LIMIT = 6.0  # the latent space is integrated over [-LIMIT, LIMIT]^kappa
 
 
@@ -52,22 +53,25 @@ class VAE(nn.Module):
         kl = 0.5 * (mu.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(-1)
         return 0.5 * error / self.log_gamma.exp() + 0.5 * self.d * (self.log_gamma + math.log(2 * math.pi)) + kl
 
-    def fit(self, x, steps, batch=128, lr=1e-2, floor=2e-4):
-        """Adam with a cosine schedule on batches of x [n, d]; gamma is learned too, down to `floor`, below which the
-        integrals over z would need a finer grid."""
+    def fit(self, x, steps, batch=128, lr=1e-2):
+        """Adam with a cosine schedule on batches of x [n, d], or [S, n, d], a set a seed; gamma is learned too, down to
+        FLOOR, below which the integrals over z would need a finer grid."""
         generator = torch.Generator().manual_seed(1)
         optimizer = torch.optim.Adam(self.parameters(), lr=lr, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        x, seed = x.expand(self.seeds, -1, -1), torch.arange(self.seeds)[:, None]
         for _ in range(steps):
-            rows = torch.randint(len(x), (self.seeds, batch), generator=generator)
+            rows = torch.randint(x.shape[1], (self.seeds, batch), generator=generator)
             eps = torch.randn(self.seeds, batch, self.kappa, generator=generator, dtype=torch.float64)
             optimizer.zero_grad()
-            self.loss(x[rows], eps).mean(1).sum().backward()
+            self.loss(x[seed, rows], eps).mean(1).sum().backward()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                self.log_gamma.clamp_(min=math.log(floor))
+                self.log_gamma.clamp_(min=math.log(FLOOR))
         return self
+
+    # ---- of x [n, d] for all seeds, or [S, n, d], a set a seed
 
     def gammas(self):
         """gamma of each seed, a list."""
@@ -75,20 +79,21 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def kl_per_dim(self, x):
-        """The mean KL of each latent dimension over x [n, d] in nats, [S, kappa]."""
+        """The mean KL of each latent dimension over x in nats, [S, kappa]."""
         mu, log_sigma = self.encoder(x.expand(self.seeds, -1, -1)).chunk(2, -1)
         return 0.5 * (mu.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).mean(1)
 
     @torch.no_grad()
     def iw_nll(self, x, samples):
-        """The importance-weighted NLL of x [n, d] in nats, [S, n]."""
+        """The importance-weighted NLL of x in nats, [S, n]."""
         generator = torch.Generator().manual_seed(2)
-        mu, log_sigma = self.encoder(x.expand(self.seeds, -1, -1)).chunk(2, -1)
-        eps = torch.randn(self.seeds, len(x), samples, self.kappa, generator=generator, dtype=torch.float64)
+        x = x.expand(self.seeds, -1, -1)
+        mu, log_sigma = self.encoder(x).chunk(2, -1)
+        eps = torch.randn(*x.shape[:2], samples, self.kappa, generator=generator, dtype=torch.float64)
         z = mu[:, :, None] + log_sigma.exp()[:, :, None] * eps
-        mean = self.decoder(z.flatten(1, 2)).unflatten(1, (len(x), samples))
-        return torch.stack([iw_nll(x, mean[s], log_prior_minus_log_q(z[s], eps[s], log_sigma[s]), self.log_gamma[s, 0])
-                            for s in range(self.seeds)])
+        mean = self.decoder(z.flatten(1, 2)).unflatten(1, (-1, samples))
+        return torch.stack([iw_nll(x[s], mean[s], log_prior_minus_log_q(z[s], eps[s], log_sigma[s]),
+                                   self.log_gamma[s, 0]) for s in range(self.seeds)])
 
     @torch.no_grad()
     def prior_grid(self):
@@ -99,13 +104,13 @@ class VAE(nn.Module):
         return log_prior - log_prior.logsumexp(0), self.decoder(z.expand(self.seeds, -1, -1))
 
     def nll(self, x):
-        """-log p(x) of x [n, d] in nats by quadrature over z (equation 3), [S, n]."""
+        """-log p(x) of x in nats by quadrature over z (equation 3), [S, n]."""
         log_weight, mean = self.prior_grid()
         result = []
-        for s, gamma in enumerate(self.gammas()):
+        for s, (gamma, points) in enumerate(zip(self.gammas(), x.expand(self.seeds, -1, -1), strict=True)):
             offset = log_weight - 0.5 * mean[s].square().sum(1) / gamma  # the square of |x - mean| expanded: one matmul
-            log_p = [torch.addmm(offset, part, mean[s].T, alpha=1 / gamma).logsumexp(1) for part in x.split(32)]
-            log_p = torch.cat(log_p) - 0.5 * x.square().sum(1) / gamma
+            log_p = [torch.addmm(offset, part, mean[s].T, alpha=1 / gamma).logsumexp(1) for part in points.split(32)]
+            log_p = torch.cat(log_p) - 0.5 * points.square().sum(1) / gamma
             result.append(0.5 * self.d * math.log(2 * math.pi * gamma) - log_p)
         return torch.stack(result)
 
@@ -123,11 +128,12 @@ class VAE(nn.Module):
 
 @torch.no_grad()
 def best_of(starts, x, model):
-    """Of each `starts` consecutive models, only that of the lowest loss on x [n, d]: the predictions are of the
-    optimum, and some starts end elsewhere (a superfluous dimension stays active, or a line crosses itself)."""
+    """Of each `starts` consecutive models, only that of the lowest loss on the training set x: the predictions are of
+    the optimum, and some starts end elsewhere (a superfluous dimension stays active, or a line crosses itself)."""
     generator = torch.Generator().manual_seed(3)
-    eps = torch.randn(model.seeds, 8 * len(x), model.kappa, generator=generator, dtype=torch.float64)
-    loss = model.loss(x.repeat(8, 1).expand(model.seeds, -1, -1), eps).mean(1)
+    x = x.expand(model.seeds, -1, -1).repeat(1, 8, 1)
+    eps = torch.randn(*x.shape[:2], model.kappa, generator=generator, dtype=torch.float64)
+    loss = model.loss(x, eps).mean(1)
     kept = torch.arange(0, model.seeds, starts) + loss.view(-1, starts).argmin(1)
     for parameter in model.parameters():
         parameter.data = parameter[kept]

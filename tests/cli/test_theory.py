@@ -1,13 +1,14 @@
 """The theory commands as a user runs them, and what they do when a prediction is wrong."""
 
 import json
+import math
 import sys
 
 import pytest
 import torch
 
 from tests.cli.test_commands import refused
-from theory import circle, regimes
+from theory import circle, regimes, theorem1
 
 
 @pytest.mark.parametrize("arguments", [["theory.theorem1"], ["theory.circle"], ["theory.regimes", "--quick"]],
@@ -38,9 +39,19 @@ def run_main(module, monkeypatch):
 
 def test_circle_exits_1_where_outliers_are_not_inside(monkeypatch, capsys):
     monkeypatch.setattr(circle, "INSIDE", 2.0)
-    monkeypatch.setattr(circle.VAE, "fit", lambda self, x, steps: self)
+    monkeypatch.setattr(circle.VAE, "fit", lambda self, x, steps: self)  # only what the Gaussian makes of them is read
     assert run_main(circle, monkeypatch) == 1
     assert "FAILS  each point inside" in capsys.readouterr().out
+
+
+def test_theorem1_exits_1_on_a_wrong_prediction(monkeypatch, capsys):
+    for name, value in {"random_starts": math.inf, "predicted_bounded": 1.0, "train_vae": torch.ones(1, 5)}.items():
+        monkeypatch.setattr(theorem1, name, lambda *arguments, value=value: value)
+    monkeypatch.setattr(theorem1, "vae_minimum", lambda theta, log_gammas, eps: (theta * log_gammas / 2).tolist())
+    monkeypatch.setattr(theorem1, "crossover", lambda wins, low=0, *arguments: theorem1.predicted_power(0.5))
+    assert run_main(theorem1, monkeypatch) == 1
+    out = capsys.readouterr().out
+    assert "holds  u^0.5: the global minimum" in out and "FAILS  u^0.25: the global minimum" in out
 
 
 def test_regimes_exits_1_on_a_wrong_prediction(monkeypatch, capsys):
