@@ -101,7 +101,8 @@ class VAE(nn.Module):
         axis = torch.linspace(-LIMIT, LIMIT, 20_001 if self.kappa == 1 else 601, dtype=torch.float64)
         z = torch.cartesian_prod(*[axis] * self.kappa).view(-1, self.kappa)
         log_prior = -0.5 * z.square().sum(1)
-        return log_prior - log_prior.logsumexp(0), self.decoder(z.expand(self.seeds, -1, -1))
+        mean = [self.decoder(part.expand(self.seeds, -1, -1)) for part in z.split(5000)]
+        return log_prior - log_prior.logsumexp(0), torch.cat(mean, 1)
 
     def nll(self, x):
         """-log p(x) of x in nats by quadrature over z (equation 3), [S, n]."""
@@ -109,7 +110,7 @@ class VAE(nn.Module):
         result = []
         for s, (gamma, points) in enumerate(zip(self.gammas(), x.expand(self.seeds, -1, -1), strict=True)):
             offset = log_weight - 0.5 * mean[s].square().sum(1) / gamma  # the square of |x - mean| expanded: one matmul
-            log_p = [torch.addmm(offset, part, mean[s].T, alpha=1 / gamma).logsumexp(1) for part in points.split(32)]
+            log_p = [torch.addmm(offset, part, mean[s].T, alpha=1 / gamma).logsumexp(1) for part in points.split(4)]
             log_p = torch.cat(log_p) - 0.5 * points.square().sum(1) / gamma
             result.append(0.5 * self.d * math.log(2 * math.pi * gamma) - log_p)
         return torch.stack(result)

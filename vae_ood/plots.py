@@ -25,9 +25,15 @@ def _figure(width=7.0, height=4.2):
 
 
 def nll_histogram(path, bpd, title):
-    """Write the histograms of bits per dimension, {set: [N]} with 'train' and 'test' first, as Figs. 2 and 3. The axis
-    is linear, or linear within a bit of the inliers' median and logarithmic beyond where outliers lie far out."""
+    """Write `draw_histogram` to a file."""
     figure, axes = _figure()
+    draw_histogram(axes, bpd, title)
+    figure.savefig(path)
+
+
+def draw_histogram(axes, bpd, title):
+    """The histograms of bits per dimension, {set: [N]} with 'train' and 'test' first, as Figs. 2 and 3. The axis is
+    linear, or linear within a bit of the inliers' median and logarithmic beyond where outliers lie far out."""
     low, high = np.percentile(np.concatenate([np.percentile(v, (0.2, 99.5)) for v in bpd.values()]), (0, 100))
     inliers = np.percentile(bpd["test"], (0.2, 50, 99.5))
     label = "negative ELBO (bits per dimension; outer bins: and beyond)"
@@ -46,7 +52,6 @@ def nll_histogram(path, bpd, title):
                   label=f"{name} (n = {len(values):,})", **style)
     axes.set(xlabel=label, ylabel="share of the set's images in a bin", title=title, xlim=(edges[0], edges[-1]))
     axes.legend(frameon=False, loc="upper center" if far else "best")
-    figure.savefig(path)
 
 
 def mutual_information(path, kl_per_dim, title):

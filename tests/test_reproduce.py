@@ -1,0 +1,191 @@
+"""The reproduction: its plans, tables and claims on runs whose figures are made up, and one real run of it."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tests.conftest import ROOT
+from vae_ood import UserError, reproduce
+from vae_ood.reproduce import Run
+
+
+def write_run(folder, test=6.5, outlier=9.0, gamma=0.005, kappa=32, outliers=("mnist",)):
+    """What run.py writes, with these means of bpd."""
+    folder.mkdir(parents=True, exist_ok=True)
+    means = {"train": test - 0.1, "test": test} | dict.fromkeys(outliers, outlier)
+    rng, d = np.random.default_rng(0), 784
+    nll = {name: (mean + 0.1 * rng.standard_normal(200) - 8) * d * np.log(2) for name, mean in means.items()}
+    row = {"n": 200, "bpd_iw": 1.0, "mse": 0.005, "kl": 30.0, "notes": []}
+    metrics = {"gamma": gamma, "kl_per_dim": [3.0] * (kappa // 2) + [0.001] * (kappa // 2),
+               "sets": {name: row | {"bpd": mean, "nll": float(nll[name].mean())} for name, mean in means.items()},
+               "scores": {"nll": {n: {"auroc": 0.95, "auroc_ci95": [0.94, 0.96], "fpr95": 0.2} for n in outliers}}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "log.jsonl").write_text(json.dumps({"seconds": 60.0}) + "\n")
+    (folder / "scores.csv").write_text("set,index,nll,iw_nll\n" + "".join(
+        f"{name},{i},{value},0\n" for name, values in nll.items() for i, value in enumerate(values)))
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """Run the reproduction with made-up runs; returns (a function of its arguments, the commands that it ran)."""
+    ran = []
+
+    def execute(arguments, data_root):
+        value = lambda flag: arguments[arguments.index(flag) + 1]  # noqa: E731
+        out, kappa = Path(value("--out")), int(value("--kappa"))
+        ran.append(arguments)
+        if "--no-eval" in arguments:
+            out.mkdir(parents=True)
+            (out / "log.jsonl").write_text(json.dumps({"seconds": 20 * 0.1 * float(value("--alpha"))}) + "\n")
+        else:
+            cifar = value("--data") == "cifar10"
+            write_run(out, kappa=kappa, gamma=0.01 / kappa, outliers=("svhn", "celeba") if cifar else ("mnist",))
+
+    monkeypatch.setattr(reproduce, "execute", execute)
+
+    def run(*arguments):
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", ["reproduce", *arguments, "--runs", str(tmp_path / "runs"), "--out",
+                                          str(tmp_path / "out")])
+        reproduce.main()
+        return tmp_path / "out"
+
+    return run, ran
+
+
+def test_a_budget_is_kept_and_its_second_run_runs_nothing(commands):
+    run, ran = commands
+    out = run("table1", "--budget", "45")
+    trained = [arguments for arguments in ran if "--no-eval" not in arguments]
+    assert len(trained) == 6
+    steps = {int(a[a.index("--iters") + 1]) for a in trained}
+    decodes = 10_000 * (1 + 3 * 4)
+    expected = 6 * (steps.pop() * 0.1 + decodes * reproduce.DECODE_SHARE * 0.1 / 64 + reproduce.STARTUP)
+    assert not steps and 0.97 * 45 * 60 < expected <= 45 * 60
+    first = (out / "table1.json").read_text()
+    run("table1", "--budget", "45")
+    assert not ran and (out / "table1.json").read_text() == first
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+    run("fig2", "--budget", "45")  # the same runs
+    assert not ran
+    for name in ("table1", "fig2"):
+        assert imread(out / f"{name}.png")[..., :3].std() > 0.05
+
+
+def test_columns_beyond_the_budget_are_not_run_and_say_so(commands, capsys):
+    run, ran = commands
+    out = run("table2", "--budget", "12")
+    reached = {float(a[a.index("--alpha") + 1]) for a in ran if "--no-eval" not in a}
+    assert reached == {0.25, 0.5, 1}
+    assert "NOT RUN, the budget does not reach them: alpha 2" in capsys.readouterr().out
+    columns = json.loads((out / "table2.json").read_text())["columns"]
+    assert [column["runs"] is None for column in columns] == [False] * 3 + [True] * 3
+    row = next(line for line in (out / "table2.md").read_text().splitlines() if line.startswith("| svhn bpd |"))
+    assert row.split("|")[2:-1] == [" 9.000 "] * 3 + [" not run "] * 3
+    assert "| svhn bpd below the inlier test bpd at alpha = 0.25, 0.5, 1, as in the paper | NOT held |" in (
+        out / "table2.md").read_text()
+
+
+def test_an_interrupted_reproduction_goes_on_with_the_same_plan(commands, monkeypatch):
+    run, ran = commands
+    execute = reproduce.execute
+
+    def interrupted(arguments, data_root):
+        if sum("--no-eval" not in a for a in ran) == 2:
+            raise KeyboardInterrupt
+        execute(arguments, data_root)
+
+    monkeypatch.setattr(reproduce, "execute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("table1", "--budget", "45")
+    monkeypatch.setattr(reproduce, "execute", execute)
+    run("table1", "--budget", "45")
+    assert len(ran) == 4 and all("--resume" in a and "--no-eval" not in a for a in ran)
+
+
+def test_without_a_budget_every_column_runs_at_the_recipe_s_length_and_the_cost_is_told(commands, capsys):
+    run, ran = commands
+    run("table2", "--recipe", "paper")
+    trained = [a for a in ran if "--no-eval" not in a]
+    assert len(trained) == 6 and all(a[a.index("--iters") + 1] == "200000" for a in trained)
+    assert "6 columns, 200,000 steps each, 1 seed(s): about 2.5 days" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["fig3", "fig4", "select"])
+def test_the_other_targets_write_their_files(commands, target):
+    run, _ = commands
+    out = run(target, "--budget", "30")
+    name = "table2" if target == "fig3" else target
+    assert json.loads((out / f"{name}.json").read_text())["target"] == target
+    assert (out / f"{name}.md").read_text().startswith("# ")
+
+
+def test_select_stops_before_the_first_significant_gap(commands, monkeypatch):
+    run, _ = commands
+    bpd = reproduce.nll_of_sets
+    gaps = {0.25: 0.0, 0.5: 0.001, 1: 0.05, 2: 0.0, 3: 0.0, 4: 0.0}
+
+    def shifted(one, args):
+        sets = bpd(one, args)
+        return sets | {"test": sets["train"] + gaps[one.alpha]}
+
+    monkeypatch.setattr(reproduce, "nll_of_sets", shifted)
+    result = json.loads((run("select") / "select.json").read_text())
+    assert result["chosen_alpha"] == 0.5
+    assert [row["significant"] for row in result["rows"]] == [False, False, True, False, False, False]
+
+
+def test_claims_are_judged_by_their_figures():
+    def table(tests, outliers, gammas):
+        return [(Run("fashionmnist", 1, kappa), [{"sets": {"test": {"bpd": t}, "mnist": {"bpd": o}}, "gamma": g}
+                                                 for t, o, g in zip(*column, strict=True)])
+                for kappa, column in zip((16, 32, 64), zip(tests, outliers, gammas, strict=True), strict=True)]
+
+    label = lambda run: run.kappa  # noqa: E731
+    good = table([[6.0], [6.0], [6.0]], [[7.0], [7.0], [7.0]], [[0.3], [0.2], [0.2]])
+    assert reproduce.above(good, "mnist", label)[1] and reproduce.falls(good, label)[1]
+    bad = table([[6.0], [6.0], [6.0]], [[7.0], [5.9], [7.0]], [[0.2], [0.21], [0.1]])
+    assert not reproduce.above(bad, "mnist", label)[1] and not reproduce.falls(bad, label)[1]
+    noisy = table([[6.0, 6.0]] * 3, [[7.0, 7.0]] * 3, [[0.19, 0.21], [0.2, 0.22], [0.1, 0.1]])
+    assert reproduce.falls(noisy, label)[1]
+    assert reproduce.falls([*good, (Run("fashionmnist", 1, 128), None)], label)[1]
+
+
+def test_cells_carry_student_s_interval_from_three_seeds_on():
+    assert reproduce.cell([1.0, 2.0], 2) == "1.50"
+    for values in ([1.0, 2.0, 4.0], [1.0, 2.0, 4.0, 4.5, 3.0]):
+        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+        assert reproduce.cell(values, 3) == f"{np.mean(values):.3f} ± {half:.3f}"
+
+
+def test_training_flops_grow_as_the_model_does():
+    flops = [reproduce.training_flops(Run("cifar10", alpha, 32, iters=10)) for alpha in (1, 2)]
+    # layers between two scaled widths grow 4-fold, the first and last 2-fold; 2 * (multiplications) * 3 * 64 images
+    per_image = 2 * (75 * 64 * 256 + 1600 * 128 * 64 + 3200 * 256 * 16 + 4096 * 64) + 2 * (
+        32 * 4096 + 25 * 256 * 128 * 16 + 25 * 128 * 64 * 64 + 25 * 64 * 3 * 256)
+    assert flops[0] == pytest.approx(3 * 64 * 10 * per_image, rel=0.15)
+    assert 3 < flops[1] / flops[0] < 4
+
+
+def test_a_failing_command_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=2))
+    with pytest.raises(UserError, match="exit code 2"):
+        reproduce.execute(["run.py", "--data", "my photos"], None)
+    assert "$ python run.py --data 'my photos'" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_table1_in_a_few_minutes(command, data_root, tmp_path):
+    command("-m", "vae_ood.reproduce", "table1", "--budget", 3, "--data-root", data_root, "--runs", tmp_path / "runs",
+            "--out", tmp_path)
+    result = json.loads((tmp_path / "table1.json").read_text())
+    reached = [column["runs"][0] for column in result["columns"] if column["runs"]]
+    assert reached and all(run["sets"]["mnist"]["n"] == 10_000 for run in reached)
+    assert "NOT held" not in result["claims"][0]
+    assert str(ROOT) not in json.dumps(result)
