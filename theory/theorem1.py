@@ -47,6 +47,7 @@ wins at every eps. (A point at t = 1 would be reconstructed by every z_1 >= 1, a
 steepen the slope: t ends at 0.9 here.)
 """
 
+import functools
 import math
 
 import numpy as np
@@ -90,19 +91,28 @@ def analytic(eps):
     return torch.tensor([[0, M1, 0, 1], [0, a, b, 0], [(a + b) / 2, 0, 0, 0], [b / 2, a, 0, 0]], dtype=torch.float64)
 
 
-def linear_minima(w1, w2, eps):
-    """(E, U_1, U_2, theta) that minimises E + w1 U_1 + w2 U_2 over Z at each THETA: w1, w2 [...] -> [..., m, 4]."""
+@functools.lru_cache(2)
+def residuals(eps):
+    """On a grid of z_1 [z1], before z_2 has its say: squared residuals of x_1 and residuals of x_2, [m, point, z1]."""
     z1 = torch.cat([eps * torch.linspace(0, 1, 121), torch.linspace(eps, 1.05, 121)]).double()
-    theta, w1, w2 = THETA[:, None, None], w1[..., None, None, None], w2[..., None, None, None]  # [..., m, point, z1]
+    theta = THETA[:, None, None]
     x, clipped = curve(T, eps)[..., None], z1.clamp(0, 1)
     first = x[:, 0] - theta * eps * clipped - (1 - theta) * z1
-    second, slope = x[:, 1] - theta * eps * clipped.square(), 1 - theta
-    z2 = second * slope / (slope.square() + 2 * w2).clamp_min(1e-300)
-    error = (first.square() + (second - slope * z2).square()) / 2
-    best = (error + w1 * z1.square() + w2 * z2.square()).argmin(-1, keepdim=True)
-    means = [v.expand(*best.shape[:-1], -1).gather(-1, best)[..., 0].mean(-1)
-             for v in (error, z1.square(), z2.square())]
-    return torch.stack([*means, THETA.expand_as(means[0])], -1)
+    return z1, first.square(), x[:, 1] - theta * eps * clipped.square()
+
+
+def linear_minima(w1, w2, eps):
+    """(E, U_1, U_2, theta) that minimises E + w1 U_1 + w2 U_2 over Z at each THETA, for scalars w1 and w2: [m, 4]."""
+    z1, first, second = residuals(eps)
+    slope = (1 - THETA)[:, None, None]
+    ridge = (slope.square() + 2 * w2).clamp_min(1e-300)
+    least = torch.addcmul(first, second.square(), (2 * w2).clamp_min(1e-300) / ridge)  # 2 (E + w2 U_2) at the best z_2
+    best = (least + 2 * w1 * z1.square()).argmin(-1, keepdim=True)
+    first, second = first.gather(-1, best), second.gather(-1, best)
+    z2 = second * slope / ridge
+    error = (first + (second - slope * z2).square()) / 2
+    means = [v.squeeze(-1).mean(-1) for v in (error, z1[best].square(), z2.square())]
+    return torch.stack([*means, THETA], -1)
 
 
 def extreme_points(eps):
@@ -111,7 +121,7 @@ def extreme_points(eps):
     shrink = 1 - torch.logspace(-9, -0.5, 120, dtype=torch.float64)[:, None]
     shrunk = terms(torch.stack([shrink * T, torch.zeros(120, len(T)).double()], -1), torch.ones(120).double(), eps)
     w = torch.logspace(-7, 5, 17, dtype=torch.float64) * eps**2
-    grid = [linear_minima(w, w2.expand(17), eps).flatten(0, 1) for w2 in w]
+    grid = [linear_minima(w1, w2, eps) for w1 in w for w2 in w]
     return torch.cat([analytic(eps), torch.cat([shrunk, torch.ones(120, 1)], 1), *grid])
 
 
