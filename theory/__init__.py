@@ -35,12 +35,11 @@ class Report:
         sys.exit(0 if held == len(self.rows) else 1)
 
 
-def parse(description, quick=None):
-    """The arguments of a theory command: --out, a folder that is made at once, and --quick where there is that form."""
+def parse(description, quick):
+    """The arguments of a theory command: --out, a folder that is made at once, and --quick, which `quick` describes."""
     parser = Parser(description=description)
     parser.add_argument("--out", metavar="DIR", help="write the figures and numbers there")
-    if quick:
-        parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--quick", action="store_true", help=quick)
     args = parser.parse_args()
     if args.out:
         make_folder(Path(args.out))

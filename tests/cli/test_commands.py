@@ -151,7 +151,7 @@ def interrupted_run(arguments, out, seed):
         assert process.returncode == {None: 0, signal.SIGKILL: -signal.SIGKILL}.get(number, 130), output
 
 
-@pytest.mark.parametrize("gamma", ["homotopy", "learn"])
+@pytest.mark.parametrize("gamma", ["homotopy", pytest.param("learn", marks=pytest.mark.slow)])
 def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(command, tmp_path, gamma):
     arguments = (*TINY, "--iters", 700, "--gamma", gamma, "--no-eval", "--checkpoint-seconds", 0.02)
     command(*arguments, "--out", tmp_path / "whole")

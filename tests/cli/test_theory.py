@@ -11,23 +11,17 @@ from tests.cli.test_commands import refused
 from theory import circle, regimes, theorem1
 
 
-@pytest.mark.parametrize("arguments", [["theory.theorem1"], ["theory.circle"], ["theory.regimes", "--quick"]],
-                         ids=lambda arguments: arguments[0])
-def test_every_prediction_holds_and_the_figure_is_drawn(command, tmp_path, arguments):
+@pytest.mark.parametrize("name", ["theorem1", "circle", "regimes"])
+@pytest.mark.parametrize("form", ["--quick", pytest.param("", marks=pytest.mark.slow)])
+def test_every_prediction_holds_and_the_figure_is_drawn(command, tmp_path, name, form):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
-    result = command("-m", *arguments, "--out", tmp_path)
-    name = arguments[0].removeprefix("theory.")
+    result = command("-m", f"theory.{name}", *form.split(), "--out", tmp_path)
     rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
     assert len(rows) >= 5 and all(row["holds"] for row in rows)
     assert result.stdout.count("holds ") == len(rows)
     assert f"{len(rows)} of {len(rows)} predictions hold" in result.stdout
     assert imread(tmp_path / f"{name}.png")[..., :3].std() > 0.05
-
-
-@pytest.mark.slow
-def test_regimes_in_full(command):
-    command("-m", "theory.regimes")
 
 
 def run_main(module, monkeypatch):
@@ -81,4 +75,4 @@ def test_an_unwritable_folder_is_refused_before_the_work(command, tmp_path):
     (tmp_path / "file").write_text("")
     below_a_file = tmp_path / "file" / "x"
     refused(command("-m", "theory.circle", "--out", below_a_file, check=False), "choose another --out")
-    refused(command("-m", "theory.circle", "--quick", check=False), "--quick")
+    refused(command("-m", "theory.circle", "--seeds", 2, check=False), "--seeds")
