@@ -107,6 +107,7 @@ def copy_bandwidth():
 
 @pytest.fixture(scope="module")
 def table(request):
+    """The rows of the benchmark; afterwards they are printed and written to runs/."""
     rows = []
     with torch._functorch.config.patch(donated_buffer=False):  # the backward is timed on a kept graph
         yield rows
@@ -136,6 +137,7 @@ def show(rows, path):
 @pytest.mark.parametrize(("op", "b", "k", "d"), [(op, *size) for op, sizes in SIZES.items() for size in sizes
                                                  if math.prod(size) <= LARGEST])
 def test_speed(op, b, k, d, dtype, table, monkeypatch):
+    """Time, bandwidth and peak memory of one op and size on every path; on a GPU, Triton's against the targets."""
     shares, peaks = {}, {}
     for path in ("eager", "compiled", "triton") if CUDA else ("eager", "compiled"):
         monkeypatch.setattr(kernels, "OVERRIDE", path == "triton")

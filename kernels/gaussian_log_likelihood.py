@@ -27,6 +27,7 @@ def squared_error_ref(x, mean_or_logits, logits):
 
 
 def gaussian_log_likelihood_ref(x, mean_or_logits, log_gamma, logits):
+    """`gaussian_log_likelihood` in plain torch, with the squared error: ([B] in nats, [B])."""
     squared_error = squared_error_ref(x, mean_or_logits, logits)
     return log_normal(squared_error, math.prod(x.shape[1:]), log_gamma), squared_error
 
@@ -172,6 +173,7 @@ def tile(n_k, d, itemsize, order):
 @torch.library.custom_op("vae_ood::gaussian_log_likelihood", mutates_args=())
 def forward(x: torch.Tensor, mean_or_logits: torch.Tensor, log_gamma: torch.Tensor,
             logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the forward kernel: (log-likelihood [B] in nats, squared error [B]), float32."""
     b, d = len(x), math.prod(x.shape[1:])
     mean = dense(mean_or_logits, 1)
     x, order = match(x, mean, 1)

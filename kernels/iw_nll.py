@@ -21,6 +21,7 @@ from kernels.gaussian_log_likelihood import (
 
 
 def iw_nll_ref(x, mean_or_logits, log_prior_minus_log_q, log_gamma, logits):
+    """`iw_nll` in plain torch, with the squared errors: ([B] in nats, [B, K])."""
     squared_error = squared_error_ref(x, mean_or_logits, logits)
     log_normals = log_normal(squared_error, math.prod(x.shape[1:]), log_gamma)
     log_w = log_normals + log_prior_minus_log_q.to(log_normals.dtype)
@@ -75,6 +76,7 @@ def _combine_kernel(
 @torch.library.custom_op("vae_ood::iw_nll", mutates_args=())
 def forward(x: torch.Tensor, mean_or_logits: torch.Tensor, log_prior_minus_log_q: torch.Tensor,
             log_gamma: torch.Tensor, logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch both forward kernels: (NLL [B] in nats, squared errors [B, K]), float32."""
     b, k, d = *mean_or_logits.shape[:2], math.prod(x.shape[1:])
     mean = dense(mean_or_logits, 2)
     x, order = match(x, mean, 2)

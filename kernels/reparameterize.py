@@ -39,11 +39,17 @@ def normal_ref(shape, seed, offset, device):
     return torch.stack(eps, -1).flatten(1)[:, :kappa]
 
 
+def kl_per_dim(mu, log_sigma):
+    """KL(N(mu, sigma^2) || N(0, 1)) in nats, elementwise."""
+    return 0.5 * (mu.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma)
+
+
 def reparameterize_ref(mu, log_sigma, eps, seed, offset, per_dim):
+    """`reparameterize` in plain torch: (z [B, kappa], KL in nats [B, kappa] or [B])."""
     dtype = accumulation_dtype(mu)
     eps = normal_ref(mu.shape, seed, offset, mu.device) if eps is None else eps
     mu, log_sigma, out = mu.to(dtype), log_sigma.to(dtype), mu.dtype
-    kl = 0.5 * (mu.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma)
+    kl = kl_per_dim(mu, log_sigma)
     return (mu + log_sigma.exp() * eps).to(out), kl if per_dim else kl.sum(1)
 
 
@@ -137,6 +143,7 @@ def _tile(mu):
 @torch.library.custom_op("vae_ood::reparameterize", mutates_args=())
 def forward(mu: torch.Tensor, log_sigma: torch.Tensor, eps: torch.Tensor | None, seed: int, offset: int,
             per_dim: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the forward kernel: (z [B, kappa] like mu, KL in nats [B, kappa] or [B], float32)."""
     b, kappa = mu.shape
     mu, log_sigma, eps = mu.contiguous(), log_sigma.contiguous(), None if eps is None else eps.contiguous()
     z = torch.empty_like(mu)
@@ -157,6 +164,7 @@ def _(mu, log_sigma, eps, seed, offset, per_dim):
 @torch.library.custom_op("vae_ood::reparameterize_backward", mutates_args=())
 def backward(mu: torch.Tensor, log_sigma: torch.Tensor, eps: torch.Tensor | None, grad_z: torch.Tensor,
              grad_kl: torch.Tensor, seed: int, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the backward kernel: the gradients by mu and log_sigma [B, kappa]."""
     b, kappa = mu.shape
     mu, log_sigma, eps = mu.contiguous(), log_sigma.contiguous(), None if eps is None else eps.contiguous()
     grad_mu, grad_log_sigma = torch.empty_like(mu), torch.empty_like(log_sigma)

@@ -39,6 +39,7 @@ from theory import Report, parse
 from theory.circle import auroc, circle
 from theory.vae import FLOOR, VAE, best_of
 from vae_ood.cli import one_line_errors
+from vae_ood.metrics import ACTIVE_NATS
 
 SPAN = 0.75 * math.pi  # of the arc, to both sides of its middle, which points left
 SETS = 200  # points of each evaluation set
@@ -128,13 +129,13 @@ def measure(panel, steps, seeds):
     starts = STARTS.get(panel, 1)
     repeated = sets["train"].repeat_interleave(starts, 0)
     model = VAE(2 if flat else 3, kappa, hidden, starts * seeds).fit(repeated, steps)
-    active = (model.kl_per_dim(repeated) > 0.05).sum(1).view(seeds, starts)
+    active = (model.kl_per_dim(repeated) > ACTIVE_NATS).sum(1).view(seeds, starts)
     model = best_of(starts, repeated, model)
     points = [x[:, :SETS] for x in sets.values()]
     nll = dict(zip(sets, model.nll(torch.cat(points, 1)).split([x.shape[1] for x in points], 1), strict=True))
     iw = {name: model.iw_nll(sets[name][:, :SETS], IW_SAMPLES) for name in ("train", "test")}
     result = {
-        "gamma": model.gammas(), "active_dims": (model.kl_per_dim(sets["train"]) > 0.05).sum(1).tolist(),
+        "gamma": model.gammas(), "active_dims": (model.kl_per_dim(sets["train"]) > ACTIVE_NATS).sum(1).tolist(),
         "active_dims_of_all_starts": active.tolist(),
         "train_nll": nll["train"].mean(1).tolist(), "test_nll": nll["test"].mean(1).tolist(),
         "test_nll_iw": iw["test"].mean(1).tolist(),

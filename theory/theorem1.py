@@ -53,6 +53,7 @@ import math
 import numpy as np
 import torch
 
+from kernels.reparameterize import kl_per_dim
 from theory import Report, parse
 from theory.penalties import exponential, identity, indicator, logarithm, power, ratio
 from vae_ood.cli import one_line_errors
@@ -235,7 +236,7 @@ def vae_energy(mu, log_sigma, theta, log_gamma, eps, noise=None):
     z = torch.stack([z1, mu[..., 1].expand_as(z1)], -1)
     error = (curve(T, eps) - decode(z, theta, eps)).square().sum(-1)  # [S, ..., n]
     error = torch.tensordot(weights, error, 1) + (1 - theta[..., None]).square() * (2 * log_sigma[..., 1]).exp()
-    kl = 0.5 * (mu.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(-1)
+    kl = kl_per_dim(mu, log_sigma).sum(-1)
     return (0.5 * error / log_gamma.exp()[..., None] + log_gamma[..., None] + math.log(2 * math.pi) + kl).mean(-1)
 
 
@@ -245,8 +246,7 @@ def vae_minimum(theta, log_gammas, eps):
     z = torch.stack([T, torch.zeros_like(T)], -1) if theta else curve(T, eps)
     theta, energies = torch.tensor(float(theta), dtype=torch.float64), []
     for log_gamma in log_gammas:
-        slope = curve(T + 1e-4, eps)[:, :1] / 1e-4 - curve(T, eps)[:, :1] / 1e-4 if theta else torch.ones(len(T), 1)
-        sigma = (log_gamma.exp() / (slope.double().square() + log_gamma.exp())).sqrt()
+        sigma = (log_gamma.exp() / ((eps if theta else 1) ** 2 + log_gamma.exp())).sqrt().expand(len(T), 1)
         log_sigma = torch.cat([sigma, torch.ones_like(sigma) if theta else sigma], 1).log()
         shift = torch.zeros_like(z).requires_grad_()  # in units of sigma
         scale = torch.zeros_like(z).requires_grad_()
@@ -283,7 +283,7 @@ def train_vae(eps, seeds=8, steps=6000, samples=16):
         with torch.no_grad():
             theta.clamp_(0, 1)
     with torch.no_grad():
-        kl = 0.5 * (mu.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).mean(1)
+        kl = kl_per_dim(mu, log_sigma).mean(1)
         energy = vae_energy(mu, log_sigma, theta, log_gamma, eps)
         return torch.stack([theta, log_gamma.exp(), kl[:, 0], kl[:, 1], energy], 1)
 

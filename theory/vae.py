@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kernels.iw_nll import iw_nll
+from kernels.reparameterize import kl_per_dim
 from vae_ood.likelihood import log_prior_minus_log_q
 
 FLOOR = 2e-4  # the least gamma
@@ -50,7 +51,7 @@ class VAE(nn.Module):
         """The negative ELBO in nats (equation 1) of x [S, N, d] with noise eps [S, N, kappa], [S, N]."""
         mu, log_sigma = self.encoder(x).chunk(2, -1)
         error = (x - self.decoder(mu + log_sigma.exp() * eps)).square().sum(-1)
-        kl = 0.5 * (mu.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(-1)
+        kl = kl_per_dim(mu, log_sigma).sum(-1)
         return 0.5 * error / self.log_gamma.exp() + 0.5 * self.d * (self.log_gamma + math.log(2 * math.pi)) + kl
 
     def fit(self, x, steps, batch=128, lr=1e-2):
@@ -81,7 +82,7 @@ class VAE(nn.Module):
     def kl_per_dim(self, x):
         """The mean KL of each latent dimension over x in nats, [S, kappa]."""
         mu, log_sigma = self.encoder(x.expand(self.seeds, -1, -1)).chunk(2, -1)
-        return 0.5 * (mu.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).mean(1)
+        return kl_per_dim(mu, log_sigma).mean(1)
 
     @torch.no_grad()
     def iw_nll(self, x, samples):

@@ -11,6 +11,7 @@ Written to --out: NAME.md, NAME.json and NAME.png. bpd is that of 8-bit data, 4 
 Claims are marked held or not held by the code below, of the columns that were run.
 """
 
+import csv
 import json
 import math
 import platform
@@ -31,7 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import Parser, duration, make_folder, one_line_errors, positive_float, positive_int
-from vae_ood.metrics import latent_spectrum
+from vae_ood.likelihood import bits_per_dim
+from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
 
 KAPPAS, ALPHAS = (16, 32, 64, 128, 256, 512), (0.25, 0.5, 1, 2, 3, 4)
@@ -115,7 +117,7 @@ def training_flops(run):
     return 3 * counter.get_total_flops() * run.iters
 
 
-def plan(columns, n_sets, args):
+def plan(columns, args):
     """The columns with their steps set, as far as the budget goes; None for a column that it does not reach.
 
     The plan of a budget is kept under --runs, so that the same command makes the same runs again.
@@ -139,7 +141,7 @@ def plan(columns, n_sets, args):
                 break
         left -= time.monotonic() - started
         for n in range(len(speeds), 0, -1):
-            decodes = IMAGES * (1 + 4 * n_sets)  # gamma at the end of training, and K = 4
+            decodes = IMAGES * (1 + 4 * (2 + len(OUTLIERS[columns[0].data])))  # gamma at the end of training, and K = 4
             fixed = sum(STARTUP + decodes * DECODE_SHARE * speed / 64 for speed in speeds[:n])
             steps = int((left / args.seeds - fixed) / sum(speeds[:n])) // 100 * 100
             if steps >= LEAST_STEPS or n == 1:
@@ -167,11 +169,10 @@ def measured(run, args):
         execute(run.command(args.runs), args.data_root)
     metrics = json.loads((folder / "metrics.json").read_text())
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    _, active, cut, ratio = latent_spectrum(metrics["kl_per_dim"])
     return {
         "command": f"python {shlex.join(run.command(args.runs))}", "alpha": run.alpha, "kappa": run.kappa,
         "seed": run.seed, "iters": run.iters, "training_seconds": log[-1]["seconds"], "flops": training_flops(run),
-        "gamma": metrics["gamma"], "active_dims": active, "spectrum_cut": cut, "spectrum_ratio": ratio,
+        **{key: metrics[key] for key in ("gamma", "active_dims", "spectrum_cut", "spectrum_ratio")},
         "sets": {name: {key: row[key] for key in ("n", "bpd", "bpd_iw", "nll", "mse", "kl")}
                  for name, row in metrics["sets"].items()},
         "nll": {name: {key: row[key] for key in ("auroc", "auroc_ci95", "fpr95")}
@@ -179,10 +180,10 @@ def measured(run, args):
     }
 
 
-def run_columns(columns, n_sets, args):
+def run_columns(columns, args):
     """[(run, [what each seed measured] or None where the budget does not reach)]."""
     table = []
-    for run, planned in zip(columns, plan(columns, n_sets, args), strict=True):
+    for run, planned in zip(columns, plan(columns, args), strict=True):
         results = planned and [measured(replace(planned, seed=seed), args) for seed in range(args.seeds)]
         table.append((planned or run, results))
     return table
@@ -205,8 +206,7 @@ def write_table(name, head, label, table, sets, args, claims):
     def add(title, value, theirs=None):
         rows.append([title, *("not run" if results is None else value(results) for _, results in table)])
         if theirs:
-            rows.append([f"{title}, the paper", *(theirs(paper[label(run)]) if label(run) in paper else "-"
-                                                  for run, _ in table)])
+            rows.append([f"{title}, the paper", *(theirs(paper[label(run)]) for run, _ in table)])
 
     for one in sets:
         add(f"{one} bpd", lambda r, one=one: cell([m["sets"][one]["bpd"] for m in r], 3),
@@ -265,7 +265,7 @@ def falls(table, label):
 
 def table1(args):
     """FashionMNIST against MNIST, alpha = 1, over kappa."""
-    table = run_columns([Run("fashionmnist", 1, kappa, recipe=args.recipe) for kappa in KAPPAS], 3, args)
+    table = run_columns([Run("fashionmnist", 1, kappa, recipe=args.recipe) for kappa in KAPPAS], args)
     label = lambda run: run.kappa  # noqa: E731
     write_table("table1", "Table 1: FashionMNIST (inliers) and MNIST, alpha = 1, by kappa", label, table,
                 ("train", "test", "mnist"), args, [above(table, "mnist", label), falls(table, label)])
@@ -275,7 +275,7 @@ def table1(args):
 
 def table2(args):
     """CIFAR-10 against SVHN and CelebA, kappa = 32, over alpha."""
-    table = run_columns([Run("cifar10", alpha, 32, recipe=args.recipe) for alpha in ALPHAS], 4, args)
+    table = run_columns([Run("cifar10", alpha, 32, recipe=args.recipe) for alpha in ALPHAS], args)
     label = lambda run: run.alpha  # noqa: E731
     claims = [falls(table, label)]
     for one, small, large in (("svhn", (0.25, 0.5, 1), (2, 3, 4)), ("celeba", (), ALPHAS)):
@@ -333,13 +333,11 @@ def draw_table(name, axis, label, table, sets, args):
 
 def nll_of_sets(run, args):
     """The negative ELBO in bits per dimension of each image of each set, {set: [N]}, from scores.csv."""
-    d, sets = math.prod(SHAPES[run.data]), {}
-    with open(Path(args.runs, run.folder, "scores.csv")) as file:
-        column = file.readline().rstrip("\n").split(",").index("nll")
-        for line in file:
-            fields = line.rstrip("\n").split(",")
-            sets.setdefault(fields[0], []).append(float(fields[column]))
-    return {name: np.array(values) / (d * math.log(2)) + 8 for name, values in sets.items()}
+    sets = {}
+    with open(Path(args.runs, run.folder, "scores.csv"), newline="") as file:
+        for row in csv.DictReader(file):
+            sets.setdefault(row["set"], []).append(float(row["nll"]))
+    return {name: bits_per_dim(np.array(values), math.prod(SHAPES[run.data])) for name, values in sets.items()}
 
 
 def histograms(name, table, title, args):
@@ -364,10 +362,10 @@ def fig3(args):
 def fig4(args):
     """Sorted KL of each latent dimension, FashionMNIST, for two capacities."""
     columns = [Run("fashionmnist", alpha, kappa, recipe=args.recipe) for alpha in (1, 4) for kappa in KAPPAS[1:]]
-    table = run_columns(columns, 3, args)
+    table = run_columns(columns, args)
     lines = ["# Figure 4: the mean KL of each latent dimension, FashionMNIST training images", "",
-             "Active: above 0.05 nats. Sharpness: the largest drop between neighbours of the sorted KLs, and after how "
-             "many dimensions.", "", "| alpha | kappa | active | largest drop | after | steps |",
+             f"Active: above {ACTIVE_NATS} nats. Sharpness: the largest drop between neighbours of the sorted KLs, and "
+             "after how many dimensions.", "", "| alpha | kappa | active | largest drop | after | steps |",
              "|---|---|---|---|---|---|"]
     for run, results in table:
         lines.append(f"| {run.alpha:g} | {run.kappa} | " + ("not run | | | |" if results is None else
@@ -381,9 +379,9 @@ def fig4(args):
             for run, results in table:
                 if results and run.alpha == alpha:
                     metrics = json.loads(Path(args.runs, run.folder, "metrics.json").read_text())
-                    kl = latent_spectrum(metrics["kl_per_dim"])[0]
+                    kl = metrics["kl_per_dim"]  # sorted
                     one.semilogy(np.arange(1, len(kl) + 1), np.maximum(kl, 1e-6), label=f"$\\kappa$ = {run.kappa}")
-            one.axhline(0.05, color="gray", linestyle=":")
+            one.axhline(ACTIVE_NATS, color="gray", linestyle=":")
             one.set(xlabel="latent dimension, sorted", ylabel="mean KL (nats)", title=f"$\\alpha$ = {alpha}")
             if one.get_legend_handles_labels()[0]:
                 one.legend(frameon=False)
@@ -393,7 +391,7 @@ def fig4(args):
 
 def select(args):
     """Section 3.2: the largest alpha, from the smallest up, whose train/test NLL gap is not yet significant."""
-    table = run_columns([Run("cifar10", alpha, 32, recipe=args.recipe) for alpha in ALPHAS], 4, args)
+    table = run_columns([Run("cifar10", alpha, 32, recipe=args.recipe) for alpha in ALPHAS], args)
     rows, chosen, overfits = [], None, False
     for run, results in table:
         if results is None:
