@@ -43,15 +43,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import Progress, make_folder, pick_device
-from vae_ood.data import load
+from vae_ood.data import PRIOR, generator, load
 from vae_ood.likelihood import bits_per_dim, evaluate
-from vae_ood.metrics import conformal_p_values, detection, latent_spectrum
+from vae_ood.metrics import conformal_p_values, detection, latent_spectrum, mmd
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES
 
 PAIRS = {"sprites": ["two_blobs", "discs", "cut_out", "noise", "constant"], "fashionmnist": ["mnist"],
          "mnist": ["fashionmnist"], "cifar10": ["svhn", "celeba"], "svhn": ["cifar10"], "celeba": ["cifar10", "svhn"]}
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
+MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of the prior
 CPU_FLOPS = 1e13  # the most that decoding 10,000 images may take on a CPU (some two minutes on two cores)
 
 
@@ -129,15 +130,18 @@ def evaluate_outliers(model, config, sets, args, out):
     d = math.prod(config["shape"])
     measured = {name: measure(model, config, images, args, name) for name, images in sets.items()}
     kl, active, cut, ratio = latent_spectrum(measured["train"][0]["kl_per_dim"])
+    z = measured["train"][0]["z"][:MMD_IMAGES]
+    prior = generator(config["seed"], PRIOR).standard_normal(z.shape)
     metrics = {"config": config, "gamma": model.log_gamma.exp().item(), "active_dims": active, "kappa": config["kappa"],
                "iw_samples": args.iw_samples, "kl_per_dim": kl.tolist(), "spectrum_cut": cut, "spectrum_ratio": ratio,
-               "sets": {}, "scores": {}}
+               "mmd": mmd(z, prior) if len(z) > 1 else None, "mmd_images": len(z), "sets": {}, "scores": {}}
     print(f"\n{'set':<14}{'images':>8}{'bpd':>9}{'bpd_iw':>9}{'nll':>11}{'nll_iw':>11}{'mse':>10}{'kl':>9}"
           f"     bpd: bits per dimension, nll and kl: nats, iw: K = {args.iw_samples}")
     for name, (likelihoods, _) in measured.items():
         nll, iw, mse, kl_mean = (float(likelihoods[key].mean()) for key in ("nll", "iw_nll", "mse", "kl"))
         row = {"n": len(likelihoods["nll"]), "bpd": bits_per_dim(nll, d), "bpd_iw": bits_per_dim(iw, d), "nll": nll,
-               "nll_iw": iw, "mse": mse, "kl": kl_mean, "notes": sets[name].notes}
+               "nll_std": float(likelihoods["nll"].std()), "nll_iw": iw, "mse": mse, "kl": kl_mean,
+               "notes": sets[name].notes}
         metrics["sets"][name] = row
         print(f"{name:<14}{row['n']:>8,}" + "".join(
             f"{value:>{width}.{digits}f}" if abs(value) < 10 ** (width - digits - 2) else f"{value:>{width}.1e}"
@@ -161,7 +165,6 @@ def evaluate_outliers(model, config, sets, args, out):
         print(f"\n{active} of {config['kappa']} latent dimensions are active (mean KL above 0.05 nats); gamma = "
               f"{metrics['gamma']:.3g}")
 
-    checkpoint.write_atomic(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     write_csv(out / "scores.csv", ["set", "index", *args.scores],
               ([name, i, *row] for name, (_, scores) in measured.items()
                for i, row in enumerate(zip(*(scores[s].tolist() for s in args.scores), strict=True))))
@@ -172,6 +175,7 @@ def evaluate_outliers(model, config, sets, args, out):
         plots.mutual_information(out / "mutual_information.png", kl, title)
     else:
         print("no figures: pip install matplotlib")
+    checkpoint.write_atomic(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())  # last: all is there
     print(f"written to {out}")
 
 

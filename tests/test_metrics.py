@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from vae_ood.metrics import conformal_p_values, detection, latent_spectrum
+from vae_ood.metrics import conformal_p_values, detection, latent_spectrum, mmd
 
 
 @pytest.mark.parametrize("decimals", [1, 12])  # 1: many ties
@@ -76,3 +76,25 @@ def test_latent_spectrum_finds_the_cut():
     assert latent_spectrum(np.array([2.0]))[1:] == (1, 1, None)
     assert latent_spectrum(np.full(16, 1e-3))[1:] == (0, 0, None)  # collapsed
     assert latent_spectrum(np.array([1.0, 0.0]))[2] == 1
+
+
+def test_mmd_matches_the_double_sum():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((7, 3)), 0.5 * rng.standard_normal((5, 3)) + 1
+
+    def k(a, b):
+        return sum(2 * 3 * s / (2 * 3 * s + ((a - b)**2).sum()) for s in (0.1, 0.2, 0.5, 1, 2, 5, 10))
+
+    expected = (np.mean([k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
+                + np.mean([k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
+                - 2 * np.mean([k(a, b) for a in x for b in y]))
+    for rows in (1, 3, 500):
+        assert mmd(x, y, rows) == pytest.approx(expected, rel=1e-12)
+
+
+def test_mmd_is_zero_in_expectation_between_samples_of_one_distribution_and_not_between_others():
+    rng = np.random.default_rng(1)
+    draw = lambda scale: mmd(scale * rng.standard_normal((200, 4)), rng.standard_normal((200, 4)))  # noqa: E731
+    same = np.array([draw(1) for _ in range(100)])
+    assert abs(same.mean()) < 4 * same.std() / 10 and same.min() < 0
+    assert min(draw(0.5) for _ in range(5)) > same.max()

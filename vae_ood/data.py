@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from vae_ood import UserError
 
-SHUFFLE, TRAINING, EVALUATION, RENDERING = range(4)  # streams of random numbers
+SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR = range(5)  # streams of random numbers
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"

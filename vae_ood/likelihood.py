@@ -44,12 +44,13 @@ def evaluate(model, images, iw_samples, seed=0, dequantize=False, first=0, progr
     Encodes each image once and decodes `iw_samples` codes z ~ q(z|x) in chunks. The noise of image i depends on
     (seed, first + i) alone, so neither the chunks nor N change a figure beyond rounding. Returns float64 numpy arrays:
     nll: negative ELBO, its expectation averaged over the same samples [N]; iw_nll [N]; mse: mean squared error per
-    dimension, same average [N]; kl [N]; kl_per_dim: mean over the images [kappa].
+    dimension, same average [N]; kl [N]; kl_per_dim: mean over the images [kappa]; z: one sample of q(z|x) [N, kappa],
+    float32.
     """
     device, d, kappa, k = model.log_gamma.device, math.prod(model.shape), model.kappa, iw_samples
     chunk = chunk_size(model)
     block = max(1, chunk // k)  # images whose samples are decoded together
-    out = {name: [] for name in ("nll", "iw_nll", "mse", "kl")}
+    out = {name: [] for name in ("nll", "iw_nll", "mse", "kl", "z")}
     kl_sum = torch.zeros(kappa, dtype=torch.float64)
     for start in range(0, len(images), block):
         rows = range(start, min(start + block, len(images)))
@@ -76,6 +77,7 @@ def evaluate(model, images, iw_samples, seed=0, dequantize=False, first=0, progr
         out["iw_nll"].append(-torch.stack(log_mean_w).logsumexp(0))
         out["mse"].append(squared_error.mean(1) / d)
         out["kl"].append(kl.sum(1))
+        out["z"].append(z[:, 0])
         kl_sum += kl.sum(0).cpu()
         progress(rows.stop)
     result = {name: torch.cat(parts).cpu().numpy() for name, parts in out.items()}

@@ -54,6 +54,27 @@ def conformal_p_values(calibration, scores):
     return (1 + at_least) / (len(calibration) + 1)
 
 
+def mmd(x, y, rows=500):
+    """Squared maximum mean discrepancy between samples [n, kappa] and [m, kappa], unbiased: it may fall below 0.
+
+    The kernel is that of Wasserstein auto-encoders (arXiv 1711.01558) for a prior N(0, I): the sum over
+    s = 0.1, 0.2, 0.5, 1, 2, 5 and 10 of C / (C + |x - y|^2) with C = 2 kappa s. `rows` bound the memory.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    scales = 2 * x.shape[1] * np.array([0.1, 0.2, 0.5, 1, 2, 5, 10])
+
+    def kernel_sum(a, b):
+        total = 0.0
+        for part in np.split(a, range(rows, len(a), rows)):
+            distance = np.maximum((part**2).sum(1)[:, None] + (b**2).sum(1) - 2 * part @ b.T, 0)
+            total += sum((c / (c + distance)).sum() for c in scales)
+        return total
+
+    n, m, diagonal = len(x), len(y), len(scales)
+    return float((kernel_sum(x, x) - n * diagonal) / (n * (n - 1)) + (kernel_sum(y, y) - m * diagonal) / (m * (m - 1))
+                 - 2 * kernel_sum(x, y) / (n * m))
+
+
 def latent_spectrum(kl_per_dim):
     """The mean KLs [kappa] in nats, sorted descending, with the place and size of their cut-off.
 

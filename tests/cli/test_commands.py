@@ -49,7 +49,7 @@ def test_run_writes_what_it_promises(tiny_run):
     assert re.match(r"179,170 parameters, 20,000 training images, 200 steps of 64 on \w+: about \d+ \w+", first), first
     assert "latent dimensions carry the data; the family has 4" in stdout
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in log] == [50, 100, 150, 200]
+    assert [r["step"] for r in log] == [1, 50, 100, 150, 200]
     assert set(log[0]) == {"step", "seconds", "images_per_second", "loss", "bpd", "mse", "gamma", "kl", "grad_norm",
                            "grad_z_norm", "active_dims"}
     assert all(math.isfinite(v) for r in log for v in r.values())
@@ -71,6 +71,7 @@ def test_metrics_follow_from_the_scores(tiny_run):
         assert summary["bpd"] == pytest.approx(nll.mean() / (1024 * math.log(2)) + 8)
         assert summary["bpd_iw"] < summary["bpd"]
     assert metrics["kappa"] == 16 and metrics["iw_samples"] == 2 and metrics["config"]["data"] == "sprites"
+    assert metrics["mmd"] > 0 and metrics["mmd_images"] == 300
     assert metrics["gamma"] == pytest.approx(metrics["sets"]["train"]["mse"], rel=0.1)  # the training set's MSE
     test, noise = ([float(r["nll"]) for r in table if r["set"] == s] for s in ("test", "noise"))
     row = metrics["scores"]["nll"]["noise"]
@@ -160,7 +161,7 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(command
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
             for name in ("whole", "pieces")]
-    assert [r["step"] for r in logs[1]] == list(range(50, 701, 50))
+    assert [r["step"] for r in logs[1]] == [1, *range(50, 701, 50)]
     for a, b in zip(*logs, strict=True):
         for key in set(a) - {"seconds", "images_per_second"}:
             assert a[key] == b[key]
@@ -198,10 +199,10 @@ def test_half_written_log_and_flags_that_differ(command, tmp_path):
         file.write('{"step": 150, "seconds": 3.1}\n{"step": 2')
     assert refused(command(*arguments, "--iters", 100, check=False), "already holds a run", "--resume")
     assert refused(command(*arguments, "--iters", 200, "--resume", check=False), "iters = 100, not 200")
-    assert len((tmp_path / "a" / "log.jsonl").read_text().splitlines()) == 4  # nothing was touched
+    assert len((tmp_path / "a" / "log.jsonl").read_text().splitlines()) == 5  # nothing was touched
     command(*arguments, "--iters", 100, "--resume")
     lines = (tmp_path / "a" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [50, 100]
+    assert [json.loads(line)["step"] for line in lines] == [1, 50, 100]
 
 
 # ---- mistakes
