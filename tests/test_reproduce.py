@@ -19,13 +19,14 @@ def write_run(folder, test=6.5, outlier=9.0, gamma=0.005, kappa=32, outliers=("m
     means = {"train": test - 0.1, "test": test} | dict.fromkeys(outliers, outlier)
     rng, d = np.random.default_rng(0), 784
     nll = {name: (mean + 0.1 * rng.standard_normal(200) - 8) * d * np.log(2) for name, mean in means.items()}
-    row = {"n": 200, "bpd_iw": 1.0, "mse": 0.005, "kl": 30.0, "notes": []}
+    row = {"n": 200, "bpd_iw": 1.0, "mse": 0.005, "kl": 30.0, "nll_std": 0.1 * d * np.log(2), "notes": []}
     metrics = {"gamma": gamma, "active_dims": kappa // 2, "spectrum_cut": kappa // 2, "spectrum_ratio": 3000.0,
-               "kl_per_dim": [3.0] * (kappa // 2) + [0.001] * (kappa // 2),
+               "mmd": 0.002, "mmd_images": 200, "kl_per_dim": [3.0] * (kappa // 2) + [0.001] * (kappa // 2),
                "sets": {name: row | {"bpd": mean, "nll": float(nll[name].mean())} for name, mean in means.items()},
                "scores": {"nll": {n: {"auroc": 0.95, "auroc_ci95": [0.94, 0.96], "fpr95": 0.2} for n in outliers}}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "log.jsonl").write_text(json.dumps({"seconds": 60.0}) + "\n")
+    (folder / "log.jsonl").write_text("".join(json.dumps(
+        {"step": step, "seconds": 60.0, "grad_z_norm": 50 + 100 / step, "mse": 0.1 / step}) + "\n" for step in (1, 50)))
     (folder / "scores.csv").write_text("set,index,nll,iw_nll\n" + "".join(
         f"{name},{i},{value},0\n" for name, values in nll.items() for i, value in enumerate(values)))
 
@@ -50,7 +51,8 @@ def commands(monkeypatch, tmp_path):
 
     def run(*arguments):
         ran.clear()
-        monkeypatch.setattr(sys, "argv", ["reproduce", *arguments, "--runs", str(tmp_path / "runs"), "--out",
+        reproduce.seconds_a_step.cache_clear()
+        monkeypatch.setattr(sys, "argv", ["reproduce", *map(str, arguments), "--runs", str(tmp_path / "runs"), "--out",
                                           str(tmp_path / "out")])
         reproduce.main()
         return tmp_path / "out"
@@ -64,12 +66,13 @@ def test_a_budget_is_kept_and_its_second_run_runs_nothing(commands):
     trained = [arguments for arguments in ran if "--no-eval" not in arguments]
     assert len(trained) == 6
     steps = {int(a[a.index("--iters") + 1]) for a in trained}
-    decodes = 10_000 * (1 + 3 * 4)
+    decodes = 10_000 * (1 + 3 * 5)
     expected = 6 * (steps.pop() * 0.1 + decodes * reproduce.DECODE_SHARE * 0.1 / 64 + reproduce.STARTUP)
     assert not steps and 0.97 * 45 * 60 < expected <= 45 * 60
     first = (out / "table1.json").read_text()
     run("table1", "--budget", "45")
     assert not ran and (out / "table1.json").read_text() == first
+    assert str(out.parent) not in first  # commands, not places
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
     run("fig2", "--budget", "45")  # the same runs
@@ -83,9 +86,9 @@ def test_columns_beyond_the_budget_are_not_run_and_say_so(commands, capsys):
     out = run("table2", "--budget", "12")
     reached = {float(a[a.index("--alpha") + 1]) for a in ran if "--no-eval" not in a}
     assert reached == {0.25, 0.5, 1}
-    assert "NOT RUN, the budget does not reach them: alpha 2" in capsys.readouterr().out
+    assert "NOT RUN, the budget does not reach it: alpha 2" in capsys.readouterr().out
     columns = json.loads((out / "table2.json").read_text())["columns"]
-    assert [column["runs"] is None for column in columns] == [False] * 3 + [True] * 3
+    assert [column["runs"] == [] for column in columns] == [False] * 3 + [True] * 3
     row = next(line for line in (out / "table2.md").read_text().splitlines() if line.startswith("| svhn bpd |"))
     assert row.split("|")[2:-1] == [" 9.000 "] * 3 + [" not run "] * 3
     assert "| svhn bpd below the inlier test bpd at alpha = 0.25, 0.5, 1, as in the paper | NOT held |" in (
@@ -114,31 +117,79 @@ def test_without_a_budget_every_column_runs_at_the_recipe_s_length_and_the_cost_
     run("table2", "--recipe", "paper")
     trained = [a for a in ran if "--no-eval" not in a]
     assert len(trained) == 6 and all(a[a.index("--iters") + 1] == "200000" for a in trained)
-    assert "6 runs of 200,000 steps are left to train: about 2.5 days" in capsys.readouterr().out
+    assert "6 runs are left to train and evaluate: about 2.5 days" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("target", ["fig3", "fig4", "select"])
-def test_the_other_targets_write_their_files(commands, target):
+@pytest.mark.parametrize("target", ["fig3", "fig4", "select", "homotopy", "compute"])
+def test_the_other_targets_write_their_files_and_no_others(commands, target):
     run, _ = commands
     out = run(target, "--budget", "30")
-    name = "table2" if target == "fig3" else target
-    assert json.loads((out / f"{name}.json").read_text())["target"] == target
-    assert (out / f"{name}.md").read_text().startswith("# ")
+    names = {path.name for path in out.iterdir()}
+    assert names - {f"{target}.png"} == {f"{target}.json", f"{target}.md"}
+    numbers = json.loads((out / f"{target}.json").read_text())
+    assert numbers["command"] == f"python -m vae_ood.reproduce {target} --budget 30" and numbers["claims"]
+    assert (out / f"{target}.md").read_text().startswith("# ")
+
+
+def test_fig3_has_alpha_8_where_there_is_no_budget(commands):
+    run, _ = commands
+    columns = json.loads((run("fig3") / "fig3.json").read_text())["columns"]
+    assert [column["label"] for column in columns] == [0.25, 0.5, 1, 2, 3, 4, 8]
+
+
+def test_a_budget_of_0_uses_the_runs_that_are_there(commands, tmp_path):
+    run, ran = commands
+    for alpha, seed in ((0.25, 0), (0.25, 1), (0.5, 0)):
+        write_run(tmp_path / "runs" / Run("cifar10", alpha, 32, seed, iters=2_500).folder, outliers=("svhn", "celeba"))
+    out = run("table2", "--budget", "0", "--iters", "2500", "--seeds", "3")
+    columns = json.loads((out / "table2.json").read_text())["columns"]
+    assert not ran and [len(column["runs"]) for column in columns] == [2, 1, 0, 0, 0, 0]
+    out = run("compute", "--budget", "0")
+    assert not ran and [m["alpha"] for m in json.loads((out / "compute.json").read_text())["runs"]] == [0.25, 0.5]
+
+
+def test_given_steps_a_budget_leaves_out_what_it_does_not_reach_one_seed_after_the_other(commands):
+    run, ran = commands
+    steps = 2_000  # 0.1 s each at alpha = 1: some 4 minutes with the evaluation, 1 at alpha = 1/4
+    run("table2", "--budget", "11", "--iters", steps, "--seeds", "2")
+    trained = [[float(a[a.index("--alpha") + 1]), int(a[a.index("--seed") + 1])] for a in ran if "--no-eval" not in a]
+    assert sorted(trained, key=lambda pair: pair[::-1]) == [[0.25, 0], [0.5, 0], [1, 0], [0.25, 1]]
+    assert all(a[a.index("--iters") + 1] == str(steps) for a in ran if "--no-eval" not in a)
+
+
+def test_homotopy_fixes_gamma_at_what_the_same_seed_learned(commands, capsys):
+    run, ran = commands
+    numbers = json.loads((run("homotopy", "--iters", "100", "--seeds", "3") / "homotopy.json").read_text())
+    assert "CIFAR-10 instead of the paper's CelebA" in capsys.readouterr().out
+    modes = [(a[a.index("--gamma") + 1], a[a.index("--seed") + 1]) for a in ran if "--no-eval" not in a]
+    assert modes == [(mode, seed) for mode in ("optimal", "homotopy", f"{0.01 / 64:.6g}") for seed in "012"]
+    assert [len(seeds) for seeds in numbers["arms"].values()] == [3, 3, 3]
+    held = {claim["claim"]: claim["held"] for claim in numbers["claims"]}
+    assert held["optimal: the training reconstruction error is within 5% of the fixed one's, in every seed"]
+    assert not held["optimal: the MMD is lower than the fixed one's, in every seed"]  # the made-up runs are equal
+
+
+def test_crossings_are_interpolated_and_never_extrapolated():
+    assert reproduce.crossings([(1e12, -0.3), (1e14, 0.1), (1e15, 0.2)]) == pytest.approx([10**13.5])
+    assert reproduce.crossings([(1e12, -0.3), (1e14, -0.1)]) == reproduce.crossings([(1e12, 0.1)]) == []
 
 
 def test_select_stops_before_the_first_significant_gap(commands, monkeypatch):
     run, _ = commands
-    bpd = reproduce.nll_of_sets
-    gaps = {0.25: 0.0, 0.5: 0.001, 1: 0.05, 2: 0.0, 3: 0.0, 4: 0.0}
+    measured = reproduce.measured
+    gaps = {0.25: 0.0, 0.5: 0.001, 1: 0.05, 2: 0.0, 3: 0.0, 4: 0.0}  # bpd; one deviation of an image's is 0.1
 
     def shifted(one, args):
-        sets = bpd(one, args)
-        return sets | {"test": sets["train"] + gaps[one.alpha]}
+        m = measured(one, args)
+        for key, unit in (("nll", 784 * np.log(2)), ("bpd", 1)):
+            m["sets"]["test"][key] = m["sets"]["train"][key] + gaps[one.alpha] * unit
+        return m
 
-    monkeypatch.setattr(reproduce, "nll_of_sets", shifted)
+    monkeypatch.setattr(reproduce, "measured", shifted)
     result = json.loads((run("select") / "select.json").read_text())
     assert result["chosen_alpha"] == 0.5
     assert [row["significant"] for row in result["rows"]] == [False, False, True, False, False, False]
+    assert result["rows"][2]["z"] == pytest.approx(0.05 / np.sqrt(2 * 0.1**2 / 200))
 
 
 def test_claims_are_judged_by_their_figures():
@@ -154,7 +205,7 @@ def test_claims_are_judged_by_their_figures():
     assert not reproduce.above(bad, "mnist", label)[1] and not reproduce.falls(bad, label)[1]
     noisy = table([[6.0, 6.0]] * 3, [[7.0, 7.0]] * 3, [[0.19, 0.21], [0.2, 0.22], [0.1, 0.1]])
     assert reproduce.falls(noisy, label)[1]
-    assert reproduce.falls([*good, (Run("fashionmnist", 1, 128), None)], label)[1]
+    assert reproduce.falls([*good, (Run("fashionmnist", 1, 128), [])], label)[1]
 
 
 def test_cells_carry_student_s_interval_from_three_seeds_on():

@@ -5,13 +5,16 @@
 
 Every number comes from run.py, run as a command that the JSON file names; a run that is there already, under --runs, is
 used, and one that was interrupted goes on. --budget sets the training steps, the same for every column, from the
-measured speed of the machine, and leaves out the largest columns where they would have fewer than 1,500 steps.
+measured speed of the machine, and leaves out the largest columns where they would have fewer than 1,500 steps; with
+--iters the steps are given, and the budget leaves out what it does not reach. --budget 0 trains nothing.
 
 Written to --out: NAME.md, NAME.json and NAME.png. bpd is that of 8-bit data, 4 more than in the paper's convention.
 Claims are marked held or not held by the code below, of the columns that were run.
 """
 
+import argparse
 import csv
+import functools
 import json
 import math
 import platform
@@ -31,13 +34,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError, checkpoint, plots
-from vae_ood.cli import Parser, duration, make_folder, one_line_errors, positive_float, positive_int
+from vae_ood.cli import Parser, duration, make_folder, one_line_errors, positive_int
+from vae_ood.data import load
 from vae_ood.likelihood import bits_per_dim
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
 
 KAPPAS, ALPHAS = (16, 32, 64, 128, 256, 512), (0.25, 0.5, 1, 2, 3, 4)
-OUTLIERS = {"fashionmnist": ("mnist",), "cifar10": ("svhn", "celeba")}
+OUTLIERS = {"fashionmnist": ("mnist",), "cifar10": ("svhn", "celeba"), "celeba": ("cifar10", "svhn")}
 PAPER = {  # tables 1 and 2 in the paper's convention: {column: {set: bpd}, "gamma"}
     "table1": dict(zip(KAPPAS, [dict(zip(("train", "test", "mnist", "gamma"), column, strict=True)) for column in (
         (2.375, 2.805, 9.598, 0.0055), (2.208, 2.690, 8.618, 0.0040), (2.084, 2.562, 6.294, 0.0030),
@@ -48,17 +52,22 @@ PAPER = {  # tables 1 and 2 in the paper's convention: {column: {set: bpd}, "gam
         (2.602, 2.598, 2.406, 3.106, 0.0082), (2.275, 2.272, 2.579, 3.965, 0.0051),
         (1.981, 1.978, 2.890, 5.053, 0.0035), (1.728, 1.726, 3.367, 6.424, 0.0024))], strict=True)),
 }
-SHAPES = {"fashionmnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+SHAPES = {"fashionmnist": (1, 28, 28), "cifar10": (3, 32, 32), "celeba": (3, 32, 32)}
+STEPS = {"paper": 200_000, "fast": 10_000}  # of a column, where neither --iters nor --budget says
+COMPUTE_STEPS = 2_500, 10_000, 40_000
+GAMMAS = {"paper": ("learn",), "fast": ("optimal", "homotopy")}  # of `homotopy`, beside the fixed one
 LEAST_STEPS = 1500  # of a column under a budget
 STARTUP = 12  # seconds of a command beside training and evaluation: imports, images, figures
-IMAGES = 10_000  # of each set that are evaluated, at most
+IMAGES, IW_SAMPLES = 10_000, 4  # of each set that are evaluated, at most; for the importance-weighted NLL
 DECODE_SHARE = 0.25  # of a training step's time for an image, to decode one code; measured: 0.22 at alpha = 1
+INTERVAL = "95% interval by Student's t, over seeds, where there are at least three; else the mean"
 GAP_Z = 3.09  # one-sided 0.1%: the gap between training and test NLL that `select` calls significant
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run and its evaluation, as one command."""
+    """A training run and its evaluation, as one command. `gamma` overrides the recipe's: a mode, or "fixed" at
+    `gamma_star`."""
 
     data: str
     alpha: float
@@ -66,20 +75,22 @@ class Run:
     seed: int = 0
     recipe: str = "fast"
     iters: int = 0
-    iw_samples: int = 16
+    gamma: str = ""
+    gamma_star: float = 0.0
 
     @property
     def folder(self):
         """The run's folder under --runs."""
-        return f"{self.data}_a{self.alpha:g}_k{self.kappa}_{self.recipe}_i{self.iters}_iw{self.iw_samples}_s{self.seed}"
+        gamma = f"_{self.gamma}" if self.gamma else ""
+        return f"{self.data}_a{self.alpha:g}_k{self.kappa}_{self.recipe}{gamma}_i{self.iters}_s{self.seed}"
 
     def command(self, runs):
         """The arguments of python, without --data-root."""
-        slower = ["--lr", "1e-3"] if self.recipe == "fast" and self.data != "fashionmnist" else []  # 2e-3 diverges
+        gamma = ["--gamma", f"{self.gamma_star:.6g}" if self.gamma == "fixed" else self.gamma] if self.gamma else []
         return ["run.py", "--data", self.data, "--alpha", f"{self.alpha:g}", "--kappa", str(self.kappa), "--recipe",
-                self.recipe, *slower, "--iters", str(self.iters), "--seed", str(self.seed), "--iw-samples",
-                str(self.iw_samples), "--max-images", str(IMAGES), "--outliers", *OUTLIERS[self.data], "--resume",
-                "--out", str(Path(runs, self.folder))]
+                self.recipe, *gamma, "--iters", str(self.iters), "--seed", str(self.seed), "--iw-samples",
+                str(IW_SAMPLES), "--max-images", str(IMAGES), "--outliers", *OUTLIERS[self.data], "--resume", "--out",
+                str(Path(runs, self.folder))]
 
 
 def execute(arguments, data_root):
@@ -99,12 +110,22 @@ def execute(arguments, data_root):
         raise UserError(f"the command above failed (exit code {code}): mend it, and run this one again; it goes on")
 
 
-def seconds_a_step(run, args):
+@functools.cache
+def seconds_a_step(run, data_root):
     """The measured time of a training step, over 20 steps."""
     with tempfile.TemporaryDirectory() as folder:
-        execute([*replace(run, iters=20).command(folder), "--no-eval"], args.data_root)
-        log = Path(folder, replace(run, iters=20).folder, "log.jsonl").read_text().splitlines()
-    return json.loads(log[-1])["seconds"] / 20
+        execute([*run.command(folder), "--no-eval"], data_root)
+        log = Path(folder, run.folder, "log.jsonl").read_text().splitlines()
+    return json.loads(log[-1])["seconds"] / run.iters
+
+
+def cost(run, args, speed=None):
+    """The expected seconds of a run: start-up, its steps and its evaluation; 0 if it is done."""
+    if done(run, args):
+        return 0
+    speed = speed or seconds_a_step(replace(run, iters=20, seed=0, gamma=""), args.data_root)
+    decodes = IMAGES * (1 + (1 + IW_SAMPLES) * (2 + len(OUTLIERS[run.data])))  # the first: gamma, after training
+    return STARTUP + run.iters * speed + decodes * DECODE_SHARE * speed / 64
 
 
 def training_flops(run):
@@ -118,62 +139,82 @@ def training_flops(run):
 
 
 def plan(columns, args):
-    """The columns with their steps set, as far as the budget goes; None for a column that it does not reach.
+    """[[a run for each seed]] of the columns, their steps set, as far as the budget reaches.
 
-    The plan of a budget is kept under --runs, so that the same command makes the same runs again.
+    A budget without --iters sets the steps; its plan is kept under --runs, so that the same command makes the same
+    runs again. Else a budget is spent on what is not done yet: every column's first seed, then the second...
     """
-    if not args.budget:
-        columns = [replace(run, iters=200_000 if args.recipe == "paper" else 10_000) for run in columns]
-        left = [sum(not done(replace(run, seed=seed), args) for seed in range(args.seeds)) for run in columns]
-        cost = sum(n * seconds_a_step(run, args) * run.iters for n, run in zip(left, columns, strict=True) if n)
-        print(f"{sum(left)} runs of {columns[0].iters:,} steps are left to train: about {duration(cost)} on this "
-              "machine, and the evaluations", flush=True)
-        return columns
-    path = Path(args.runs, f"plan_{columns[0].data}_{len(columns)}_{args.recipe}_b{args.budget:g}_s{args.seeds}.json")
+    if args.budget and not args.iters and not columns[0].iters:
+        n, iters = steps_within(columns, args)
+        planned = [[replace(run, iters=iters, seed=seed) for seed in range(args.seeds)] for run in columns[:n]]
+        planned += [[]] * (len(columns) - n)
+    else:
+        columns = [replace(run, iters=run.iters or args.iters or STEPS[args.recipe]) for run in columns]
+        planned, left, costs = [[] for _ in columns], math.inf if args.budget is None else args.budget * 60, []
+        for seed in range(args.seeds):
+            for seeds, run in zip(planned, columns, strict=True):
+                one = replace(run, seed=seed)
+                if done(one, args) or (left and cost(one, args) <= left):
+                    seeds.append(one)
+                    costs.append(cost(one, args))
+                    left -= costs[-1]
+        if any(costs):
+            print(f"{sum(value > 0 for value in costs)} runs are left to train and evaluate: about "
+                  f"{duration(sum(costs))} on this machine", flush=True)
+    for run, seeds in zip(columns, planned, strict=True):
+        if not seeds:
+            print(f"NOT RUN, the budget does not reach it: alpha {run.alpha:g}, kappa {run.kappa}"
+                  + (f", {run.iters:,} steps" if run.iters else ""))
+    return planned
+
+
+def steps_within(columns, args):
+    """(how many of the columns, from the first on, the budget reaches; the training steps of each)."""
+    kind = "-".join(dict.fromkeys(f"{run.data}{run.gamma}" for run in columns))
+    path = Path(args.runs, f"plan_{kind}_{len(columns)}_{args.recipe}_b{args.budget:g}_s{args.seeds}.json")
     if path.exists():
         saved = json.loads(path.read_text())
     else:
         started, speeds = time.monotonic(), []
-        left = args.budget * 60
         for run in columns:
-            speeds.append(seconds_a_step(run, args))
-            if sum(speeds) * LEAST_STEPS > left:
+            speeds.append(seconds_a_step(replace(run, iters=20, gamma=""), args.data_root))
+            if sum(speeds) * LEAST_STEPS * args.seeds > args.budget * 60:
                 break
-        left -= time.monotonic() - started
+        left = (args.budget * 60 - (time.monotonic() - started)) / args.seeds
         for n in range(len(speeds), 0, -1):
-            decodes = IMAGES * (1 + 4 * (2 + len(OUTLIERS[columns[0].data])))  # gamma at the end of training, and K = 4
-            fixed = sum(STARTUP + decodes * DECODE_SHARE * speed / 64 for speed in speeds[:n])
-            steps = int((left / args.seeds - fixed) / sum(speeds[:n])) // 100 * 100
+            fixed = sum(cost(run, args, speed) for run, speed in zip(columns, speeds[:n], strict=False))
+            steps = int((left - fixed) / sum(speeds[:n])) // 100 * 100
             if steps >= LEAST_STEPS or n == 1:
                 break
         saved = {"columns": n, "iters": max(100, steps), "seconds_a_step": speeds}
         checkpoint.write_atomic(path, json.dumps(saved).encode())
-    planned = [replace(run, iters=saved["iters"], iw_samples=4) for run in columns[:saved["columns"]]]
-    print(f"budget {args.budget:g} minutes: {saved['iters']:,} steps a column (the paper: 200,000), {args.seeds} "
-          f"seed(s), K = 4 for the importance-weighted NLL", flush=True)
-    if skipped := columns[saved["columns"]:]:
-        names = ", ".join(f"alpha {run.alpha:g} kappa {run.kappa}" for run in skipped)
-        print(f"NOT RUN, the budget does not reach them: {names}")
-    return planned + [None] * len(skipped)
+    print(f"budget {args.budget:g} minutes: {saved['iters']:,} steps a run (the paper: 200,000), {args.seeds} seed(s)",
+          flush=True)
+    return saved["columns"], saved["iters"]
 
 
 def done(run, args):
-    """Whether the run's evaluation is there, whose last file is scores.csv."""
-    return Path(args.runs, run.folder, "scores.csv").exists()
+    """Whether the run's evaluation is there, whose last file is metrics.json."""
+    return Path(args.runs, run.folder, "metrics.json").exists()
+
+
+def read_log(run, args):
+    """The lines of the run's log.jsonl."""
+    return [json.loads(line) for line in Path(args.runs, run.folder, "log.jsonl").read_text().splitlines()]
 
 
 def measured(run, args):
     """What a run measured, running it if need be."""
-    folder = Path(args.runs, run.folder)
     if not done(run, args):
         execute(run.command(args.runs), args.data_root)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    metrics = json.loads(Path(args.runs, run.folder, "metrics.json").read_text())
     return {
-        "command": f"python {shlex.join(run.command(args.runs))}", "alpha": run.alpha, "kappa": run.kappa,
-        "seed": run.seed, "iters": run.iters, "training_seconds": log[-1]["seconds"], "flops": training_flops(run),
-        **{key: metrics[key] for key in ("gamma", "active_dims", "spectrum_cut", "spectrum_ratio")},
-        "sets": {name: {key: row[key] for key in ("n", "bpd", "bpd_iw", "nll", "mse", "kl")}
+        "command": f"python {shlex.join(run.command('runs'))}", "alpha": run.alpha, "kappa": run.kappa,
+        "seed": run.seed, "iters": run.iters, "training_seconds": read_log(run, args)[-1]["seconds"],
+        "flops": training_flops(run),
+        **{key: metrics[key] for key in ("gamma", "active_dims", "spectrum_cut", "spectrum_ratio", "mmd",
+                                         "mmd_images")},
+        "sets": {name: {key: row[key] for key in ("n", "bpd", "bpd_iw", "nll", "nll_std", "mse", "kl")}
                  for name, row in metrics["sets"].items()},
         "nll": {name: {key: row[key] for key in ("auroc", "auroc_ci95", "fpr95")}
                 for name, row in metrics["scores"]["nll"].items()},
@@ -181,12 +222,9 @@ def measured(run, args):
 
 
 def run_columns(columns, args):
-    """[(run, [what each seed measured] or None where the budget does not reach)]."""
-    table = []
-    for run, planned in zip(columns, plan(columns, args), strict=True):
-        results = planned and [measured(replace(planned, seed=seed), args) for seed in range(args.seeds)]
-        table.append((planned or run, results))
-    return table
+    """[(the column's first run, or the column where the budget does not reach; [what each seed measured])]."""
+    return [(seeds[0] if seeds else run, [measured(one, args) for one in seeds])
+            for run, seeds in zip(columns, plan(columns, args), strict=True)]
 
 
 def cell(values, digits):
@@ -198,15 +236,15 @@ def cell(values, digits):
     return f"{mean:.{digits}f} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
-def write_table(name, head, label, table, sets, args, claims):
+def write_table(name, head, label, table, sets, args, claims, paper):
     """NAME.md and NAME.json in --out: a column for each `label` of a run, the sets' bpd, ours beside the paper's."""
-    paper = PAPER[name]
     rows = []
 
     def add(title, value, theirs=None):
-        rows.append([title, *("not run" if results is None else value(results) for _, results in table)])
+        rows.append([title, *(value(results) if results else "not run" for _, results in table)])
         if theirs:
-            rows.append([f"{title}, the paper", *(theirs(paper[label(run)]) for run, _ in table)])
+            columns = [paper.get(label(run)) for run, _ in table]
+            rows.append([f"{title}, the paper", *(theirs(column) if column else "" for column in columns)])
 
     for one in sets:
         add(f"{one} bpd", lambda r, one=one: cell([m["sets"][one]["bpd"] for m in r], 3),
@@ -218,79 +256,102 @@ def write_table(name, head, label, table, sets, args, claims):
     add("active dimensions", lambda r: ", ".join(str(m["active_dims"]) for m in r))
     add("training steps", lambda r: f"{r[0]['iters']:,}")
     add("training (minutes)", lambda r: cell([m["training_seconds"] / 60 for m in r], 1))
-    results = [r for _, r in table if r]
-    images = ", ".join(f"{one} {results[0][0]['sets'][one]['n']:,}" for one in sets)
-    lines = [f"# {head}", "",
-             f"bpd: bits per dimension of 8-bit data, from the negative ELBO; the paper's figures are its own plus 4. "
-             f"Outliers are the positive class. Images: {images}. {args.seeds} seed(s)"
-             + ("" if args.seeds >= 3 else ": no confidence intervals over seeds") + ".", "",
-             "| | " + " | ".join(f"{label(run):g}" for run, _ in table) + " |", "|---" * (len(table) + 1) + "|",
-             *("| " + " | ".join(row) + " |" for row in rows), "", "| claim | held | figures |", "|---|---|---|",
-             *(f"| {claim} | {'held' if held else 'NOT held'} | {figures} |" for claim, held, figures in claims), "",
-             f"`python -m vae_ood.reproduce {shlex.join(sys.argv[1:])}`; table written on {platform.machine()}, "
-             f"{torch.get_num_threads()} threads, torch {torch.__version__}.", ""]
-    claims = [dict(zip(("claim", "held", "figures"), claim, strict=True)) for claim in claims]
-    save(name, {"columns": [{"label": label(run), "runs": results} for run, results in table],
-                "paper_bpd_minus_4": paper, "claims": claims}, args, lines)
+    add("seeds", lambda r: str(len(r)))
+    first = next((results[0] for _, results in table if results), None)
+    lines = ["bpd: bits per dimension of 8-bit data, from the negative ELBO; the paper's figures are its own plus 4. "
+             f"Outliers are the positive class. ±: {INTERVAL}."
+             + (" Images: " + ", ".join(f"{one} {first['sets'][one]['n']:,}" for one in sets) + "." if first else ""),
+             "", *markdown(["", *(f"{label(run):g}" for run, _ in table)], rows)]
+    save(name, head, {"columns": [{"label": label(run), "runs": results} for run, results in table],
+                      "paper_bpd_minus_4": paper}, lines, claims, args)
 
 
-def save(name, numbers, args, lines):
-    """NAME.json, and NAME.md, which is printed."""
-    about = {"target": args.target, "recipe": args.recipe, "budget_minutes": args.budget, "seeds": args.seeds}
-    checkpoint.write_atomic(Path(args.out, f"{name}.json"), (json.dumps(about | numbers, indent=1) + "\n").encode())
+def markdown(head, rows):
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def save(name, head, numbers, lines, claims, args):
+    """NAME.json, and NAME.md, which is printed. Claims: [(claim, whether it held, figures)]."""
+    command = f"python -m vae_ood.reproduce {name}" + "".join(
+        f" --{flag} {getattr(args, flag):g}" for flag in ("budget", "iters") if getattr(args, flag) is not None) + (
+        f" --seeds {args.seeds}" if args.seeds > 1 else "") + (" --recipe paper" if args.recipe == "paper" else "")
+    about = {"command": command, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    numbers = about | numbers | {"claims": [
+        dict(zip(("claim", "held", "figures"), claim, strict=True)) for claim in claims]}
+    lines = [f"# {head}", "", *lines, "", *markdown(["claim", "held", "figures"], [
+        [claim, "held" if held else "NOT held", figures] for claim, held, figures in claims]), "",
+        f"`{command}`; table written on {platform.machine()}, {about['threads']} threads, torch {about['torch']}.", ""]
+    checkpoint.write_atomic(Path(args.out, f"{name}.json"), (json.dumps(numbers, indent=1) + "\n").encode())
     checkpoint.write_atomic(Path(args.out, f"{name}.md"), "\n".join(lines).encode())
     print("\n".join(lines))
 
 
 def above(table, outlier, label):
     """The claim that the outliers' mean bpd is above the inlier test bpd in every column that was run."""
-    gaps = [(label(run), min(m["sets"][outlier]["bpd"] - m["sets"]["test"]["bpd"] for m in results))
-            for run, results in table if results]
+    gaps = [(label(run), min(gap(m, outlier) for m in results)) for run, results in table if results]
     return (f"{outlier} bpd above the inlier test bpd in every column that was run, in the worst seed",
-            all(gap > 0 for _, gap in gaps),
-            ", ".join(f"{name:g}: {gap:+.3f}" for name, gap in gaps))
+            bool(gaps) and all(value > 0 for _, value in gaps),
+            ", ".join(f"{name:g}: {value:+.3f}" for name, value in gaps))
+
+
+def gap(m, one, other="test"):
+    """By how many bits per dimension the NLL of a set is above that of the inlier test images."""
+    return m["sets"][one]["bpd"] - m["sets"][other]["bpd"]
 
 
 def falls(table, label):
     """The claim that gamma does not rise from a column to the next, beyond twice the deviation between seeds."""
     columns = [(label(run), [m["gamma"] for m in results]) for run, results in table if results]
-    noise = 2 * max((statistics.stdev(values) for _, values in columns if len(values) > 1), default=0)
+    spreads = [statistics.stdev(values) for _, values in columns if len(values) > 1]
+    noise = 2 * max(spreads, default=0)
     means = [statistics.mean(values) for _, values in columns]
     rises = [b - a for a, b in pairwise(means)]
-    what = f"noise {noise:.1e}" if noise else "one seed: the noise is not known, and taken to be 0"
+    what = f"noise {noise:.1e}" if spreads else "one seed: the noise is not known, and taken to be 0"
     return ("gamma does not rise from a column to the next, beyond twice the deviation between seeds",
             len(means) > 1 and all(rise <= noise for rise in rises),
             ", ".join(f"{v:.5f}" for v in means) + f" ({what})")
 
 
-def table1(args):
+def kappa_label(run):
+    """The column's name where kappa varies."""
+    return run.kappa
+
+
+def alpha_label(run):
+    """The column's name where alpha varies."""
+    return run.alpha
+
+
+def table1(args, name="table1"):
     """FashionMNIST against MNIST, alpha = 1, over kappa."""
     table = run_columns([Run("fashionmnist", 1, kappa, recipe=args.recipe) for kappa in KAPPAS], args)
-    label = lambda run: run.kappa  # noqa: E731
-    write_table("table1", "Table 1: FashionMNIST (inliers) and MNIST, alpha = 1, by kappa", label, table,
-                ("train", "test", "mnist"), args, [above(table, "mnist", label), falls(table, label)])
-    draw_table("table1", "$\\kappa$", label, table, ("train", "test", "mnist"), args)
+    sets = ("train", "test", "mnist")
+    write_table(name, "Table 1: FashionMNIST (inliers) and MNIST, alpha = 1, by kappa", kappa_label, table, sets, args,
+                [above(table, "mnist", kappa_label), falls(table, kappa_label)], PAPER["table1"])
+    if name == "table1":
+        draw_table(name, "$\\kappa$", kappa_label, table, sets, args)
     return table
 
 
-def table2(args):
+def table2(args, name="table2", alphas=ALPHAS):
     """CIFAR-10 against SVHN and CelebA, kappa = 32, over alpha."""
-    table = run_columns([Run("cifar10", alpha, 32, recipe=args.recipe) for alpha in ALPHAS], args)
-    label = lambda run: run.alpha  # noqa: E731
-    claims = [falls(table, label)]
+    table = run_columns([Run("cifar10", alpha, 32, recipe=args.recipe) for alpha in alphas], args)
+    claims = [falls(table, alpha_label)]
     for one, small, large in (("svhn", (0.25, 0.5, 1), (2, 3, 4)), ("celeba", (), ALPHAS)):
-        for alphas, sign, word in ((small, -1, "below"), (large, 1, "above")):
-            gaps = {run.alpha: sign * min(sign * (m["sets"][one]["bpd"] - m["sets"]["test"]["bpd"]) for m in results)
-                    for run, results in table if results and run.alpha in alphas}  # of the worst seed
+        for group, sign, word in ((small, -1, "below"), (large, 1, "above")):
+            gaps = {run.alpha: sign * min(sign * gap(m, one) for m in results)  # of the worst seed
+                    for run, results in table if results and run.alpha in group}
             if gaps:
                 where = ", ".join(f"{alpha:g}" for alpha in gaps)
-                claim = f"{one} bpd {word} the inlier test bpd at alpha = {where}, as in the paper"
-                claims.append((claim, all(sign * gap > 0 for gap in gaps.values()),
-                               ", ".join(f"{alpha:g}: {gap:+.3f}" for alpha, gap in gaps.items())))
+                claims.append((f"{one} bpd {word} the inlier test bpd at alpha = {where}, as in the paper",
+                               all(sign * value > 0 for value in gaps.values()),
+                               ", ".join(f"{alpha:g}: {value:+.3f}" for alpha, value in gaps.items())))
     sets = ("train", "test", "svhn", "celeba")
-    head = "Table 2: CIFAR-10 (inliers), SVHN and CelebA, kappa = 32, by alpha"
-    write_table("table2", head, label, table, sets, args, claims)
-    draw_table("table2", "$\\alpha$", label, table, sets, args)
+    write_table(name, "Table 2: CIFAR-10 (inliers), SVHN and CelebA, kappa = 32, by alpha", alpha_label, table, sets,
+                args, claims, PAPER["table2"])
+    if name == "table2":
+        draw_table(name, "$\\alpha$", alpha_label, table, sets, args)
     return table
 
 
@@ -333,8 +394,11 @@ def draw_table(name, axis, label, table, sets, args):
 
 def nll_of_sets(run, args):
     """The negative ELBO in bits per dimension of each image of each set, {set: [N]}, from scores.csv."""
-    sets = {}
-    with open(Path(args.runs, run.folder, "scores.csv"), newline="") as file:
+    sets, path = {}, Path(args.runs, run.folder, "scores.csv")
+    if not path.exists():
+        raise UserError(f"{path} is missing, and the histogram needs it: `python {shlex.join(run.command(args.runs))}` "
+                        "writes it")
+    with open(path, newline="") as file:
         for row in csv.DictReader(file):
             sets.setdefault(row["set"], []).append(float(row["nll"]))
     return {name: bits_per_dim(np.array(values), math.prod(SHAPES[run.data])) for name, values in sets.items()}
@@ -343,50 +407,146 @@ def nll_of_sets(run, args):
 def histograms(name, table, title, args):
     """The NLL histograms of the columns that were run, from their first seeds."""
     reached = [run for run, results in table if results]
+    if not reached:
+        return
     columns = min(3, len(reached))
-    figure(name, args, -(-len(reached) // columns), columns, lambda axes: [
-        plots.draw_histogram(one, nll_of_sets(run, args), title(run))
-        for one, run in zip(axes.flat, reached, strict=False)])
+
+    def draw(axes):
+        for one in axes.flat[len(reached):]:
+            one.set_axis_off()
+        for one, run in zip(axes.flat, reached, strict=False):
+            plots.draw_histogram(one, nll_of_sets(run, args), title(run))
+
+    figure(name, args, -(-len(reached) // columns), columns, draw)
 
 
 def fig2(args):
     """The histograms of table 1's runs."""
-    histograms("fig2", table1(args), lambda run: f"FashionMNIST, $\\kappa$ = {run.kappa}", args)
+    histograms("fig2", table1(args, "fig2"), lambda run: f"FashionMNIST, $\\kappa$ = {run.kappa}", args)
 
 
 def fig3(args):
-    """The histograms of table 2's runs."""
-    histograms("fig3", table2(args), lambda run: f"CIFAR-10, $\\alpha$ = {run.alpha:g}", args)
+    """The histograms of table 2's runs, and of alpha = 8, which the paper's figure has, where there is no budget."""
+    alphas = ALPHAS if args.budget else (*ALPHAS, 8)
+    histograms("fig3", table2(args, "fig3", alphas), lambda run: f"CIFAR-10, $\\alpha$ = {run.alpha:g}", args)
 
 
 def fig4(args):
-    """Sorted KL of each latent dimension, FashionMNIST, for two capacities."""
-    columns = [Run("fashionmnist", alpha, kappa, recipe=args.recipe) for alpha in (1, 4) for kappa in KAPPAS[1:]]
-    table = run_columns(columns, args)
-    lines = ["# Figure 4: the mean KL of each latent dimension, FashionMNIST training images", "",
-             f"Active: above {ACTIVE_NATS} nats. Sharpness: the largest drop between neighbours of the sorted KLs, and "
-             "after how many dimensions.", "", "| alpha | kappa | active | largest drop | after | steps |",
-             "|---|---|---|---|---|---|"]
+    """Sorted KL of each latent dimension, FashionMNIST, for three capacities (the paper: 1 and 4)."""
+    alphas = 0.25, 1, 4
+    table = run_columns([Run("fashionmnist", alpha, kappa, recipe=args.recipe)
+                         for alpha in alphas for kappa in KAPPAS[1:]], args)
+    rows, drops = [], {}
     for run, results in table:
-        lines.append(f"| {run.alpha:g} | {run.kappa} | " + ("not run | | | |" if results is None else
-                     f"{results[0]['active_dims']} | {results[0]['spectrum_ratio'] or math.nan:.1f}-fold | "
-                     f"{results[0]['spectrum_cut']} | {run.iters:,} |"))
-    save("fig4", {"columns": [{"alpha": run.alpha, "kappa": run.kappa, "runs": results} for run, results in table]},
-         args, [*lines, ""])
+        cells = ["not run", "", "", ""]
+        if results:
+            drops[run.alpha, run.kappa] = statistics.mean(m["spectrum_ratio"] or 1 for m in results)
+            cells = [*(", ".join(f"{m[key] or 1:{form}}" for m in results) for key, form in (
+                ("active_dims", ""), ("spectrum_ratio", ".1f"), ("spectrum_cut", ""))), f"{results[0]['iters']:,}"]
+        rows.append([f"{run.alpha:g}", str(run.kappa), *cells])
+    claims = []
+    for alpha in alphas:
+        active = {run.kappa: [m["active_dims"] for m in r] for run, r in table if r and run.alpha == alpha}
+        if len(active) > 1:
+            claims.append((f"alpha = {alpha:g}: the largest kappa that was run leaves dimensions inactive, in every "
+                           "seed", max(active[max(active)]) < max(active),
+                           ", ".join(f"{k}: {'/'.join(map(str, v))} active" for k, v in active.items())))
+    for low, high in pairwise(alphas):
+        if shared := [k for k in KAPPAS if (low, k) in drops and (high, k) in drops]:
+            claims.append((f"the cut-off is sharper at alpha = {high:g} than at {low:g} for every kappa",
+                           all(drops[high, k] > drops[low, k] for k in shared),
+                           ", ".join(f"{k}: {drops[low, k]:.1f} to {drops[high, k]:.1f}" for k in shared)))
+    save("fig4", "Figure 4: the mean KL of each latent dimension, FashionMNIST training images",
+         {"columns": [{"alpha": run.alpha, "kappa": run.kappa, "runs": results} for run, results in table]},
+         [f"Active: above {ACTIVE_NATS} nats. Sharpness: the largest ratio of neighbours among the sorted KLs, and "
+          "after how many dimensions it lies.", "",
+          *markdown(["alpha", "kappa", "active", "largest ratio", "after", "steps"], rows)], claims, args)
+    reached = [alpha for alpha in alphas if any(results for run, results in table if run.alpha == alpha)]
 
     def draw(axes):
-        for one, alpha in zip(axes.flat, (1, 4), strict=True):
+        for one, alpha in zip(axes.flat, reached, strict=True):
             for run, results in table:
                 if results and run.alpha == alpha:
                     metrics = json.loads(Path(args.runs, run.folder, "metrics.json").read_text())
                     kl = metrics["kl_per_dim"]  # sorted
-                    one.semilogy(np.arange(1, len(kl) + 1), np.maximum(kl, 1e-6), label=f"$\\kappa$ = {run.kappa}")
+                    one.loglog(np.arange(1, len(kl) + 1), np.maximum(kl, 1e-6), label=f"$\\kappa$ = {run.kappa}")
             one.axhline(ACTIVE_NATS, color="gray", linestyle=":")
-            one.set(xlabel="latent dimension, sorted", ylabel="mean KL (nats)", title=f"$\\alpha$ = {alpha}")
-            if one.get_legend_handles_labels()[0]:
-                one.legend(frameon=False)
+            one.set(xlabel="latent dimension, sorted", ylabel="mean KL (nats)", title=f"$\\alpha$ = {alpha:g}")
+            one.legend(frameon=False)
 
-    figure("fig4", args, 1, 2, draw)
+    if reached:
+        figure("fig4", args, 1, len(reached), draw)
+
+
+def homotopy(args):
+    """Supplement, section 2: gamma learned, against training from scratch at the gamma* that was learned."""
+    data = "celeba"
+    try:
+        load(data, "train", args.data_root)
+    except UserError as error:
+        data = "cifar10"
+        print(f"CIFAR-10 instead of the paper's CelebA: {error}")
+    names = (*GAMMAS[args.recipe], "fixed")
+    arms = {name: [] for name in names}
+    for name, seeds in zip(names, plan([Run(data, 1, 64, recipe=args.recipe, gamma=name) for name in names], args),
+                           strict=True):
+        for run in seeds:
+            if name == "fixed":  # at what the same seed learned
+                learned = [m["gamma"] for m in arms[names[0]] if m["seed"] == run.seed]
+                if not learned:
+                    continue
+                run = replace(run, gamma_star=learned[0])
+            m = measured(run, args) | {"gamma_mode": name}
+            log = read_log(run, args)
+            m["grad_z_norm"], m["step"], m["log_mse"] = (
+                [line[key] for line in log] for key in ("grad_z_norm", "step", "mse"))
+            d = math.prod(SHAPES[data])
+            m["error"] = {part: d * m["sets"][part]["mse"] for part in ("train", "test")}
+            arms[name].append(m)
+    rows, claims = [], []
+    for name, seeds in arms.items():
+        values = [lambda m: m["gamma"], lambda m: m["error"]["train"], lambda m: m["error"]["test"],
+                  lambda m: m["mmd"] * 1e3, lambda m: m["active_dims"], lambda m: m["sets"]["test"]["bpd"],
+                  lambda m: m["grad_z_norm"][0], lambda m: max(m["grad_z_norm"]), lambda m: m["grad_z_norm"][-1]]
+        digits = 5, 2, 2, 2, 1, 3, 1, 1, 1
+        rows.append([name, *(cell([value(m) for m in seeds], n) if seeds else "not run"
+                             for value, n in zip(values, digits, strict=True)), str(len(seeds))])
+    for name in names[:-1]:
+        pairs = list(zip(arms[name], arms["fixed"], strict=False))
+        if not pairs:
+            continue
+        errors, mmds, starts = ([fixed / learned for learned, fixed in [(f(a), f(b)) for a, b in pairs]] for f in (
+            lambda m: m["error"]["train"], lambda m: m["mmd"], lambda m: m["grad_z_norm"][0]))
+        listed = lambda ratios: "fixed / learned, by seed: " + ", ".join(f"{r:.3g}" for r in ratios)  # noqa: E731
+        claims += [
+            (f"{name}: the training reconstruction error is within 5% of the fixed one's, in every seed",
+             all(abs(r - 1) < 0.05 for r in errors), listed(errors)),
+            (f"{name}: the MMD is lower than the fixed one's, in every seed", all(r > 1 for r in mmds), listed(mmds)),
+            (f"{name}: the fixed one's gradient at the first step is at least ten times as large, in every seed",
+             all(r > 10 for r in starts), listed(starts))]
+    size = next((seeds[0] for seeds in arms.values() if seeds), {"mmd_images": 0, "iters": 0})
+    save("homotopy", f"The supplement's Table 1 and Fig. 1: learning gamma as a homotopy ({data}, alpha = 1, "
+         "kappa = 64)", {"data": data, "arms": arms, "paper": {"learn": {"error": 352.8, "mmd": 93.3},
+                                                             "fixed": {"error": 349.9, "mmd": 291.8}}},
+         ["optimal: gamma in closed form from the first step; homotopy: with a floor that falls from 1; learn: a "
+          f"trained parameter; fixed: at the gamma of the {names[0]} run of the same seed. Error: squared, summed over "
+          f"an image's pixels in [0, 1]. MMD: squared, unbiased, between {size['mmd_images']:,} training images' z and "
+          "as many samples of the prior, times 1,000; inverse multiquadratic kernel, seven scales (arXiv 1711.01558). "
+          f"Gradient: the mean over a batch's images of |dL/dz|. {size['iters']:,} steps. ±: {INTERVAL}. "
+          "The paper (CelebA, its own units): error 352.8 learned, 349.9 fixed; MMD 93.3 and 291.8.", "",
+          *markdown(["gamma", "value", "train error", "test error", "MMD", "active", "test bpd", "gradient, step 1",
+                     "largest", "last", "seeds"], rows)], claims, args)
+
+    def draw(axes):
+        for i, (name, seeds) in enumerate(arms.items()):
+            for j, m in enumerate(seeds):
+                for one, key in zip(axes.flat, ("grad_z_norm", "log_mse"), strict=True):
+                    one.loglog(m["step"], m[key], color=f"C{i}", linewidth=1, alpha=0.7, label=None if j else name)
+        for one, title in zip(axes.flat, (r"mean $\|dL/dz\|$ of a batch (nats)", "MSE of a batch"), strict=True):
+            one.set(xlabel="training step", ylabel=title)
+            one.legend(frameon=False, title="$\\gamma$")
+
+    figure("homotopy", args, 1, 2, draw)
 
 
 def select(args):
@@ -394,39 +554,145 @@ def select(args):
     table = run_columns([Run("cifar10", alpha, 32, recipe=args.recipe) for alpha in ALPHAS], args)
     rows, chosen, overfits = [], None, False
     for run, results in table:
-        if results is None:
+        if not results:
             continue
-        bpd = nll_of_sets(run, args)
-        gap = bpd["test"].mean() - bpd["train"].mean()
-        z = gap / math.sqrt(bpd["test"].var() / len(bpd["test"]) + bpd["train"].var() / len(bpd["train"]))
+        m = results[0]
+        test, train = m["sets"]["test"], m["sets"]["train"]
+        z = (test["nll"] - train["nll"]) / math.sqrt(sum(s["nll_std"]**2 / s["n"] for s in (test, train)))
         overfits = overfits or z > GAP_Z
         chosen = chosen if overfits else run.alpha
-        rows.append({"alpha": run.alpha, "gap_bpd": float(gap), "z": float(z), "significant": bool(z > GAP_Z),
-                     "auroc": {name: row["auroc"] for name, row in results[0]["nll"].items()}})
-    names = list(rows[0]["auroc"])
-    lines = ["# Choosing the capacity without outliers (section 3.2): CIFAR-10, kappa = 32", "",
-             "Raise alpha until the test NLL is significantly above the training NLL: Welch's z above "
-             f"{GAP_Z} (one-sided 0.1%). AUROC is looked at afterwards.", "",
-             f"alpha chosen: {'none' if chosen is None else f'{chosen:g}'}"
-             + ("" if overfits else " (the largest that was run: no gap was significant)"), "",
-             "| alpha | gap (bpd) | z | significant | " + " | ".join(f"{name} AUROC" for name in names) + " |",
-             "|---" * (4 + len(names)) + "|",
-             *(f"| {r['alpha']:g} | {r['gap_bpd']:+.4f} | {r['z']:.1f} | {'yes' if r['significant'] else 'no'} | "
-               + " | ".join(f"{r['auroc'][name]:.4f}" for name in names) + " |" for r in rows),
-             *(f"| {run.alpha:g} | not run" + " |" * (3 + len(names)) for run, results in table if not results), ""]
-    save("select", {"chosen_alpha": chosen, "rows": rows}, args, lines)
+        rows.append({"alpha": run.alpha, "gap_bpd": gap(m, "test", "train"), "z": z, "significant": bool(z > GAP_Z),
+                     "images": [train["n"], test["n"]], "iters": m["iters"], "command": m["command"],
+                     "auroc": {name: row["auroc"] for name, row in m["nll"].items()}})
+    names = OUTLIERS["cifar10"]
+    claims = [("the smallest alpha's gap is not significant", chosen is not None,
+               ", ".join(f"{row['alpha']:g}: z = {row['z']:.1f}" for row in rows))]
+    for name in names:
+        if chosen is not None:
+            best = max(rows, key=lambda row: row["auroc"][name])
+            at = next(row for row in rows if row["alpha"] == chosen)
+            claims.append((f"the alpha chosen has the highest {name} AUROC of those that were run", at is best,
+                           f"{at['auroc'][name]:.4f} at {chosen:g}; the best {best['auroc'][name]:.4f} at "
+                           f"{best['alpha']:g}"))
+    cells = [[f"{r['alpha']:g}", f"{r['gap_bpd']:+.4f}", f"{r['z']:.1f}", "yes" if r["significant"] else "no",
+              *(f"{r['auroc'][name]:.4f}" for name in names), f"{r['iters']:,}"] for r in rows]
+    cells += [[f"{run.alpha:g}", "not run", *[""] * (3 + len(names))] for run, results in table if not results]
+    why = "" if overfits else " (the largest that was run: no gap was significant)"
+    save("select", "Choosing the capacity without outliers (section 3.2): CIFAR-10, kappa = 32",
+         {"chosen_alpha": chosen, "rows": rows, "not_run": [run.alpha for run, results in table if not results]},
+         ["Raise alpha until the test NLL is significantly above the training NLL, and stop before: Welch's z above "
+          f"{GAP_Z} (one-sided 0.1%), the first seed, over images. AUROC is looked at afterwards.", "",
+          f"alpha chosen: {'none' if chosen is None else f'{chosen:g}'}{why}", "",
+          *markdown(["alpha", "gap (bpd)", "z", "significant", *(f"{name} AUROC" for name in names), "steps"], cells)],
+         claims, args)
+
+    def draw(axes):
+        x = [row["alpha"] for row in rows]
+        axes[0, 0].plot(x, [row["z"] for row in rows], "ko-")
+        axes[0, 0].axhline(GAP_Z, color="gray", linestyle=":", label=f"significant: {GAP_Z}")
+        axes[0, 0].set(ylabel="z of the gap between test and training NLL")
+        for name in names:
+            axes[0, 1].plot(x, [row["auroc"][name] for row in rows], "o-", label=name)
+        axes[0, 1].set(ylabel="AUROC of the NLL", ylim=(0, 1))
+        for one in axes.flat:
+            if chosen is not None:
+                one.axvline(chosen, color="C3", linestyle="--", label=f"chosen: {chosen:g}")
+            one.set(xscale="log", xlabel="$\\alpha$")
+            one.set_xticks(x, [f"{value:g}" for value in x], minor=False)
+            one.minorticks_off()
+            one.legend(frameon=False)
+
+    if rows:
+        figure("select", args, 1, 2, draw)
 
 
-TARGETS = {function.__name__: function for function in (table1, table2, fig2, fig3, fig4, select)}
+def crossings(curve):
+    """Where a curve [(flops, value)] passes 0: linearly between neighbours, in the logarithm of the flops."""
+    return [math.exp(math.log(x0) + y0 / (y0 - y1) * (math.log(x1) - math.log(x0)))
+            for (x0, y0), (x1, y1) in pairwise(curve) if (y0 < 0) != (y1 < 0)]
+
+
+def compute(args):
+    """The central question: bpd, gamma and AUROC of CIFAR-10, SVHN and CelebA against training compute, by alpha."""
+    columns = [Run("cifar10", alpha, 32, recipe=args.recipe, iters=iters)
+               for alpha in ALPHAS for iters in ([args.iters] if args.iters else COMPUTE_STEPS)]
+    table = run_columns(sorted(columns, key=training_flops), args)
+    reached = sorted((results for _, results in table if results), key=lambda r: (r[0]["alpha"], r[0]["iters"]))
+    mean = lambda results, value: statistics.mean(value(m) for m in results)  # noqa: E731
+    quantities = {
+        "test bpd": lambda m: m["sets"]["test"]["bpd"], "test minus train (bpd)": lambda m: gap(m, "test", "train"),
+        "gamma": lambda m: m["gamma"], "SVHN minus test (bpd)": lambda m: gap(m, "svhn"),
+        "CelebA minus test (bpd)": lambda m: gap(m, "celeba"), "SVHN AUROC": lambda m: m["nll"]["svhn"]["auroc"],
+        "CelebA AUROC": lambda m: m["nll"]["celeba"]["auroc"]}
+    curves = {name: {alpha: [(r[0]["flops"], mean(r, value)) for r in reached if r[0]["alpha"] == alpha]
+                     for alpha in ALPHAS} for name, value in quantities.items()}
+    rows = [[f"{r[0]['alpha']:g}", f"{r[0]['iters']:,}", f"{r[0]['flops']:.2e}",
+             *(cell([value(m) for m in r], 5 if name == "gamma" else 3) for name, value in quantities.items()),
+             str(len(r))] for r in reached]
+    claims, found = [], {}
+    for name in ("SVHN minus test (bpd)", "CelebA minus test (bpd)"):
+        found[name] = {alpha: crossings(curve) for alpha, curve in curves[name].items() if crossings(curve)}
+        values = [(r[0], mean(r, quantities[name])) for r in reached]
+        above_zero = [(m["alpha"], m["iters"]) for m, value in values if value > 0]
+        claims.append((f"{name} is above 0 in some run", bool(above_zero),
+                       "largest: " + max(((v, f"{v:+.3f} at alpha = {m['alpha']:g}, {m['iters']:,} steps")
+                                          for m, v in values), default=(0, "nothing was run"))[1]))
+        for iters in sorted({m["iters"] for m, _ in values}):
+            at = [(m["alpha"], value) for m, value in values if m["iters"] == iters]
+            if len(at) > 1:
+                claims.append((f"{name} rises from each alpha to the next at {iters:,} steps",
+                               all(b > a for (_, a), (_, b) in pairwise(at)),
+                               ", ".join(f"{alpha:g}: {value:+.3f}" for alpha, value in at)))
+    save("compute", "BPD, gamma and AUROC against training compute: CIFAR-10, kappa = 32",
+         {"runs": [m for r in reached for m in r], "crossings_flops": found,
+          "not_run": [[run.alpha, run.iters] for run, results in table if not results]},
+         ["FLOPs: of the whole training, twice the multiplications, the backward counted as two forward passes; the "
+          "paper's 200,000 steps at alpha = 4 are "
+          f"{training_flops(Run('cifar10', 4, 32, iters=200_000)):.2e}. bpd: of 8-bit data, from the negative ELBO. "
+          f"Outliers are the positive class. ±: {INTERVAL}.", "",
+          *markdown(["alpha", "steps", "FLOPs", *quantities, "seeds"], rows), "",
+          "Not run: " + (", ".join(f"alpha {run.alpha:g} at {run.iters:,} steps" for run, r in table if not r)
+                         or "none") + "."], claims, args)
+
+    def draw(axes):
+        shown = [name for name in quantities if name != "test minus train (bpd)"]
+        for one, name in zip(axes.flat, shown, strict=True):
+            for i, (alpha, curve) in enumerate(curves[name].items()):
+                if curve:
+                    one.plot(*zip(*curve, strict=True), "o-", color=f"C{i}", markersize=4,
+                             label=f"$\\alpha$ = {alpha:g}")
+                for x in found.get(name, {}).get(alpha, []):
+                    one.plot(x, 0, "*", color=f"C{i}", markersize=14, markeredgecolor="black")
+            level = 0.5 if "AUROC" in name else 0 if "minus" in name else None
+            if level is not None:
+                one.axhline(level, color="gray", linestyle=":")
+            one.set(xscale="log", xlabel="training FLOPs", ylabel=name)
+        axes.flat[0].legend(frameon=False)
+
+    if reached:
+        figure("compute", args, 2, 3, draw)
+
+
+TARGETS = {function.__name__: function for function in (table1, table2, fig2, fig3, fig4, homotopy, select, compute)}
+
+
+def minutes(text):
+    """argparse type: a finite number of minutes, 0 or more."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
+    return value
 
 
 def main():
     """The command."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--budget", type=positive_float, metavar="MINUTES", help="train and evaluate in about this "
-                        "time: fewer steps, and the largest columns left out")
-    parser.add_argument("--recipe", choices=("paper", "fast"), default="fast", help="that of run.py (default fast)")
+    parser.add_argument("--budget", type=minutes, metavar="MINUTES", help="train and evaluate in about this time: "
+                        "fewer steps, and the largest columns left out; 0: only use the runs that are there")
+    parser.add_argument("--iters", type=positive_int, metavar="N", help="training steps of every run (default: set by "
+                        "--budget, else the recipe's)")
+    parser.add_argument("--recipe", choices=STEPS, default="fast", help="that of run.py (default fast)")
     parser.add_argument("--seeds", type=positive_int, default=1, metavar="N", help="seeds 0 to N - 1 (default 1)")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where the runs are kept (default runs)")
     parser.add_argument("--out", default="results/reproduce", metavar="DIR", help="default results/reproduce")
