@@ -214,7 +214,7 @@ def measured(run, args):
         "flops": training_flops(run),
         **{key: metrics[key] for key in ("gamma", "active_dims", "spectrum_cut", "spectrum_ratio", "mmd",
                                          "mmd_images")},
-        "sets": {name: {key: row[key] for key in ("n", "bpd", "bpd_iw", "nll", "nll_std", "mse", "kl")}
+        "sets": {name: {key: row[key] for key in ("n", "bpd", "bpd_iw", "nll", "nll_std", "mse", "kl", "notes")}
                  for name, row in metrics["sets"].items()},
         "nll": {name: {key: row[key] for key in ("auroc", "auroc_ci95", "fpr95")}
                 for name, row in metrics["scores"]["nll"].items()},
@@ -257,13 +257,18 @@ def write_table(name, head, label, table, sets, args, claims, paper):
     add("training steps", lambda r: f"{r[0]['iters']:,}")
     add("training (minutes)", lambda r: cell([m["training_seconds"] / 60 for m in r], 1))
     add("seeds", lambda r: str(len(r)))
-    first = next((results[0] for _, results in table if results), None)
     lines = ["bpd: bits per dimension of 8-bit data, from the negative ELBO; the paper's figures are its own plus 4. "
              f"Outliers are the positive class. ±: {INTERVAL}."
-             + (" Images: " + ", ".join(f"{one} {first['sets'][one]['n']:,}" for one in sets) + "." if first else ""),
-             "", *markdown(["", *(f"{label(run):g}" for run, _ in table)], rows)]
+             + images_line([m for _, results in table for m in results]), "", *markdown(["", *(f"{label(run):g}" for run, _ in table)], rows)]
     save(name, head, {"columns": [{"label": label(run), "runs": results} for run, results in table],
                       "paper_bpd_minus_4": paper}, lines, claims, args)
+
+
+def images_line(measurements):
+    """How many images of each set were evaluated, and what there is to say of them."""
+    sets = measurements[0]["sets"] if measurements else {}
+    return "".join(f" {name}: {row['n']:,} images" + "".join(f" ({note})" for note in row["notes"]) + "."
+                   for name, row in sets.items())
 
 
 def markdown(head, rows):
@@ -649,7 +654,7 @@ def compute(args):
          ["FLOPs: of the whole training, twice the multiplications, the backward counted as two forward passes; the "
           "paper's 200,000 steps at alpha = 4 are "
           f"{training_flops(Run('cifar10', 4, 32, iters=200_000)):.2e}. bpd: of 8-bit data, from the negative ELBO. "
-          f"Outliers are the positive class. ±: {INTERVAL}.", "",
+          f"Outliers are the positive class. ±: {INTERVAL}.{images_line([m for r in reached for m in r])}", "",
           *markdown(["alpha", "steps", "FLOPs", *quantities, "seeds"], rows), "",
           "Not run: " + (", ".join(f"alpha {run.alpha:g} at {run.iters:,} steps" for run, r in table if not r)
                          or "none") + "."], claims, args)
