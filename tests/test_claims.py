@@ -1,0 +1,59 @@
+"""The page of results against the JSON files that it is written from."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.conftest import ROOT
+from vae_ood import claims, reproduce
+
+RESULTS = ROOT / "results"
+
+
+def test_the_page_says_what_the_json_files_say():
+    assert (RESULTS / "README.md").read_text() == claims.page(RESULTS), "run python -m vae_ood.claims"
+
+
+def test_every_claim_of_the_design_is_on_the_page():
+    assert [claim[:2] for claim, *_ in claims.CLAIMS] == [f"P{n}" for n in range(1, 9)]
+
+
+def test_a_changed_number_changes_the_page_and_its_verdict(tmp_path):
+    shutil.copytree(RESULTS, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.png", "*.pt"))
+    path = tmp_path / "reproduce/table1.json"
+    numbers = json.loads(path.read_text())
+    run = numbers["columns"][0]["runs"][0]
+    run["sets"]["mnist"]["bpd"] = run["sets"]["test"]["bpd"] + 7.0123
+    numbers["claims"][0]["held"] = False
+    path.write_text(json.dumps(numbers))
+    row = next(line for line in claims.page(tmp_path).splitlines() if line.startswith("| P1"))
+    assert "+7.012 bpd" in row and "| not reproduced |" in row
+    path.unlink()
+    assert "| P1: outliers have the higher NLL, FashionMNIST and MNIST | not reached |" in claims.page(tmp_path)
+
+
+@pytest.mark.parametrize(("held", "expected"), [
+    ([True, True], "reproduced"), ([True, False, None], "in part: 1 held, 1 NOT held, 1 not reached of its checks"),
+    ([True, None], "in part: 1 held, 1 not reached of its checks"), ([False], "not reproduced"), ([], "not reached"),
+    ([None, None], "not reached")])
+def test_verdicts(held, expected):
+    assert claims.verdict(held) == expected
+
+
+@pytest.mark.parametrize("name", ["table1", "compute", "fig4", "homotopy", "select"])
+def test_an_experiment_without_runs_is_not_reached(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("sys.argv", ["reproduce", name, "--budget", "0", "--runs", str(tmp_path / "none"), "--out",
+                                     str(tmp_path / "reproduce")])
+    reproduce.main()
+    assert claims.page(tmp_path).count("| not reached |") == 8
+
+
+def test_the_compute_page_follows_from_the_kept_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["reproduce", "compute", "--budget", "0", "--runs", str(RESULTS / "runs"), "--out",
+                                     str(tmp_path)])
+    reproduce.main()
+    ours, kept = (json.loads((folder / "compute.json").read_text()) for folder in (tmp_path, RESULTS / "reproduce"))
+    assert len(kept["runs"]) >= 5
+    for key in set(kept) - {"command"}:
+        assert ours[key] == kept[key]
