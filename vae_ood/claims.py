@@ -142,9 +142,10 @@ def page(folder):
                          f"![{experiment}]({name}.png)", ""]
         if experiment == "compute":
             runs = numbers["runs"]
-            spent = (f"P2 rests on {len(runs)} runs of {sum(run['training_seconds'] for run in runs) / 3600:.1f} hours "
-                     f"of training in all ({sum(run['flops'] for run in runs):.1e} FLOPs). Their logs and figures, and "
-                     "small checkpoints, are in [runs/](runs), which `--runs results/runs --budget 0` reads. ")
+            hours = sum(run["training_seconds"] for run in runs) / 3600
+            spent = (f"P2 rests on {len(runs)} runs of {hours:.1f} hours of training in all, at their median speeds "
+                     f"({sum(run['flops'] for run in runs):.1e} FLOPs). Their logs and figures, and small checkpoints, "
+                     "are in [runs/](runs), which `--runs results/runs --budget 0` reads. ")
     return "\n".join([
         "# Results", "",
         "Written by `python -m vae_ood.claims` from the JSON files beside it; a test fails where the two disagree. bpd "
