@@ -145,7 +145,8 @@ def page(folder):
             sections[name] = [
                 f"## {claim[:2]}: {experiment}", "", f"`{command}`: [all figures]({name}.md), [JSON]({name}.json)", "",
                 *markdown(["check", "verdict", "figures"],
-                          [[check["claim"], HELD[check["held"]], check["figures"]] for check in claims]), "", f"![{experiment}]({name}.png)", ""]
+                          [[check["claim"], HELD[check["held"]], check["figures"]] for check in claims]),
+                "", f"![{experiment}]({name}.png)", ""]
         if experiment == "compute":
             runs = numbers["runs"]
             hours = sum(run["training_seconds"] for run in runs) / 3600

@@ -163,13 +163,16 @@ def plan(columns, args):
     else:
         columns = [replace(run, iters=run.iters or args.iters or STEPS[args.recipe]) for run in columns]
         planned, left, costs = [[] for _ in columns], math.inf if args.budget is None else args.budget * 60, []
+        refused = math.inf if left else 0  # the flops of the least run that is too long; a larger one is not timed
         for seed in range(args.seeds):
             for seeds, run in zip(planned, columns, strict=True):
-                one = replace(run, seed=seed)
-                if done(one, args) or (left and cost(one, args) <= left):
+                one, flops = replace(run, seed=seed), training_flops(run)
+                if done(one, args) or (flops < refused and cost(one, args) <= left):
                     seeds.append(one)
                     costs.append(cost(one, args))
                     left -= costs[-1]
+                elif flops < refused:
+                    refused = flops
         if any(costs):
             print(f"{sum(value > 0 for value in costs)} runs are left to train and evaluate: about "
                   f"{duration(sum(costs))} on this machine", flush=True)
