@@ -144,7 +144,8 @@ def test_with_nothing_run_nothing_is_judged(commands, target, tmp_path):
     (tmp_path / "out" / f"{target}.png").touch()  # of another time
     out = run(target, "--budget", "0")
     assert not ran and not (out / f"{target}.png").exists()
-    assert {claim["held"] for claim in json.loads((out / f"{target}.json").read_text())["claims"]} == {None}
+    assert all(claim["held"] is None for claim in json.loads((out / f"{target}.json").read_text())["claims"])
+    assert "| held |" not in (out / f"{target}.md").read_text()
 
 
 def test_fig3_has_alpha_8_where_there_is_no_budget(commands):
@@ -208,6 +209,13 @@ def test_crossings_are_interpolated_and_never_extrapolated():
     assert reproduce.crossings([(1e12, -0.3), (1e14, -0.1)]) == reproduce.crossings([(1e12, 0.1)]) == []
 
 
+def test_select_chooses_nothing_where_every_gap_is_significant(commands):
+    run, _ = commands
+    result = json.loads((run("select", "--iters", "100") / "select.json").read_text())  # a gap of one deviation
+    assert result["chosen_alpha"] == {"100": None}
+    assert [claim["held"] for claim in result["claims"]] == [False] * 3
+
+
 def test_select_stops_before_the_first_significant_gap(commands, monkeypatch):
     run, _ = commands
     measured = reproduce.measured
@@ -220,10 +228,11 @@ def test_select_stops_before_the_first_significant_gap(commands, monkeypatch):
         return m
 
     monkeypatch.setattr(reproduce, "measured", shifted)
-    result = json.loads((run("select") / "select.json").read_text())
-    assert result["chosen_alpha"] == 0.5
-    assert [row["significant"] for row in result["rows"]] == [False, False, True, False, False, False]
-    assert result["rows"][2]["z"] == pytest.approx(0.05 / np.sqrt(2 * 0.1**2 / 200))
+    result = json.loads((run("select", "--iters", "100") / "select.json").read_text())
+    assert result["chosen_alpha"] == {"100": 0.5}
+    rows = result["rows"]["100"]
+    assert [row["significant"] for row in rows] == [False, False, True, False, False, False]
+    assert rows[2]["z"] == pytest.approx(0.05 / np.sqrt(2 * 0.1**2 / 200))
 
 
 def test_claims_are_judged_by_their_figures():
@@ -240,6 +249,7 @@ def test_claims_are_judged_by_their_figures():
     noisy = table([[6.0, 6.0]] * 3, [[7.0, 7.0]] * 3, [[0.19, 0.21], [0.2, 0.22], [0.1, 0.1]])
     assert reproduce.falls(noisy)[1]
     assert reproduce.falls([*good, (Run("fashionmnist", 1, 128), [])])[1]
+    assert reproduce.above([*good, (Run("fashionmnist", 1, 128), [])], "mnist", label)[1] is None
     assert reproduce.above([], "mnist", label)[1] is reproduce.falls(good[:1])[1] is None
 
 
@@ -253,8 +263,9 @@ def test_capacity_is_judged_by_the_worst_seed_and_not_before_the_paper_s_steps()
              for alpha, column in reproduce.PAPER["table2"].items()}
     assert held(paper) == [True, True, True]
     assert held({0.25: [m(-0.4), m(0.1)], 1: [m(-0.4, celeba=-0.1)]}) == [False, None, False]
-    assert held({2: [m(-0.1)], 4: [m(0.1)]}) == [None, None, True]
-    assert held({2: [m(-0.1, 200_000)], 4: [m(0.1)]}) == [None, False, True]
+    assert held({0.25: [m(-0.4)], 0.5: [m(-0.4)], 2: [m(-0.1)], 4: [m(0.1)]}) == [None, None, None]
+    assert held({0.25: [m(-0.4)], 0.5: [m(-0.4)], 1: [m(-0.3)]}) == [True, None, None]
+    assert held({2: [m(-0.1, 200_000)], 4: [m(0.1)]}) == [None, False, None]
     assert held({}) == [None] * 3
 
 
