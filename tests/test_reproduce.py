@@ -269,6 +269,24 @@ def test_capacity_is_judged_by_the_worst_seed_and_not_before_the_paper_s_steps()
     assert held({}) == [None] * 3
 
 
+def test_fig4_asks_for_a_cut_off_and_not_for_a_few_inactive_dimensions(commands, monkeypatch):
+    run, _ = commands
+    measured = reproduce.measured
+    ratio = {0.25: 1.1, 1: 30.0, 4: 60.0}
+
+    def with_ratio(one, args):
+        half = one.kappa // 2
+        kl = [0.06] * half + [0.06 / ratio[one.alpha]] * half
+        return measured(one, args) | {"active_dims": half, "kl_per_dim": kl}
+
+    monkeypatch.setattr(reproduce, "measured", with_ratio)
+    held = [claim["held"] for claim in json.loads((run("fig4", "--iters", "9") / "fig4.json").read_text())["claims"]]
+    assert held == [False, True, True, True, True]
+    ratio[1] = ratio[4] = 1.0
+    held = [claim["held"] for claim in json.loads((run("fig4", "--iters", "9") / "fig4.json").read_text())["claims"]]
+    assert held == [False, False, False, None, None]
+
+
 def test_the_cut_off_lies_between_the_active_and_the_inactive_dimensions():
     m = {"active_dims": 2, "kappa": 4, "kl_per_dim": [3.0, 0.5, 0.01, 1e-6]}
     assert reproduce.cut_off(m) == pytest.approx(50)

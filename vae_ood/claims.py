@@ -86,7 +86,8 @@ def p3(numbers):
     return "; ".join(
         f"alpha = {alpha:g}: {', '.join(str(run['active_dims']) for run in runs)} active of kappa = "
         f"{', '.join(str(run['kappa']) for run in runs)}" for alpha, runs in groups.items() if runs) + (
-            f"; {seeds_of([c['runs'] for c in numbers['columns'] if c['runs']])}"), (
+            f"; {max(run['iters'] for runs in groups.values() for run in runs):,} steps, "
+            f"{seeds_of([c['runs'] for c in numbers['columns'] if c['runs']])}"), (
             "a figure, whose cut-off is sharper at alpha = 4 than at 1")
 
 
@@ -174,9 +175,9 @@ def page(folder):
         "Written by `python -m vae_ood.claims` from the JSON files beside it; a test fails where the two disagree. "
         "bpd: bits per dimension of 8-bit data from the negative ELBO, the mean over images (the paper's, 4 bits "
         "lower, cancel in differences). AUROC: of the negative ELBO, outliers are the positive class. FPR95: the share "
-        "of outliers accepted at the threshold that accepts 95% of the inliers. Brackets after a number of images tell of "
-        "the whole set: for `train`, the one that was trained on. A command without `--recipe paper` (200,000 steps, "
-        "gamma learned) took the fast recipe (gamma by homotopy, the learning rate by a cosine); `--budget` sets the "
+        "of outliers accepted at the threshold that accepts 95% of the inliers. Brackets after a number of images tell "
+        "of the whole set: for `train`, the one that was trained on. A command without `--recipe paper` (200,000 "
+        "steps, gamma learned) took the fast recipe (gamma by homotopy, the learning rate by a cosine); `--budget` sets the "
         "steps by the machine's speed, and `--iters` with the steps that are stated repeats it. " + spent +
         "Where fewer than three seeds stand behind a figure, there is no interval over seeds.", "",
         *markdown(["claim", "verdict", "ours", "the paper", "command", "figure"], rows), "",
