@@ -177,8 +177,8 @@ def page(folder):
         "lower, cancel in differences). AUROC: of the negative ELBO, outliers are the positive class. FPR95: the share "
         "of outliers accepted at the threshold that accepts 95% of the inliers. Brackets after a number of images tell "
         "of the whole set: for `train`, the one that was trained on. A command without `--recipe paper` (200,000 "
-        "steps, gamma learned) took the fast recipe (gamma by homotopy, the learning rate by a cosine); `--budget` sets the "
-        "steps by the machine's speed, and `--iters` with the steps that are stated repeats it. " + spent +
+        "steps, gamma learned) took the fast recipe (gamma by homotopy, the learning rate by a cosine); `--budget` "
+        "sets the steps by the machine's speed, and `--iters` with the steps that are stated repeats it. " + spent +
         "Where fewer than three seeds stand behind a figure, there is no interval over seeds.", "",
         *markdown(["claim", "verdict", "ours", "the paper", "command", "figure"], rows), "",
         *(line for section in sections.values() for line in section)])
