@@ -53,8 +53,11 @@ def commands(monkeypatch, tmp_path):
 
     monkeypatch.setattr(reproduce, "execute", execute)
 
-    def run(*arguments):
+    figure = reproduce.figure
+
+    def run(*arguments, figures=False):
         ran.clear()
+        monkeypatch.setattr(reproduce, "figure", figure if figures else lambda *arguments: None)
         reproduce.seconds_a_step.cache_clear()
         monkeypatch.setattr(sys, "argv", ["reproduce", *map(str, arguments), "--runs", str(tmp_path / "runs"), "--out",
                                           str(tmp_path / "out")])
@@ -66,7 +69,7 @@ def commands(monkeypatch, tmp_path):
 
 def test_a_budget_is_kept_and_its_second_run_runs_nothing(commands):
     run, ran = commands
-    out = run("table1", "--budget", "45")
+    out = run("table1", "--budget", "45", figures=True)
     trained = [arguments for arguments in ran if "--no-eval" not in arguments]
     assert len(trained) == 6
     steps = {int(a[a.index("--iters") + 1]) for a in trained}
@@ -74,12 +77,12 @@ def test_a_budget_is_kept_and_its_second_run_runs_nothing(commands):
     expected = 6 * (steps.pop() * 0.1 + decodes * reproduce.DECODE_SHARE * 0.1 / 64 + reproduce.STARTUP)
     assert not steps and 0.97 * 45 * 60 < expected <= 45 * 60
     first = (out / "table1.json").read_text()
-    run("table1", "--budget", "45")
+    run("table1", "--budget", "45", figures=True)
     assert not ran and (out / "table1.json").read_text() == first
     assert "--out runs/fashionmnist_a1_k16_fast_i3700_s0" in first  # what to type, wherever the runs were kept
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
-    run("fig2", "--budget", "45")  # the same runs
+    run("fig2", "--budget", "45", figures=True)  # the same runs
     assert not ran
     for name in ("table1", "fig2"):
         assert imread(out / f"{name}.png")[..., :3].std() > 0.05
@@ -128,7 +131,7 @@ def test_without_a_budget_every_column_runs_at_the_recipe_s_length_and_the_cost_
 @pytest.mark.parametrize("target", ["fig3", "fig4", "select", "homotopy", "compute"])
 def test_the_other_targets_write_their_files_and_no_others(commands, target):
     run, _ = commands
-    out = run(target, "--budget", "30")
+    out = run(target, "--budget", "30", figures=True)
     pictures = {f"{target}.png"} if plots.available() else set()
     assert {path.name for path in out.iterdir()} == {f"{target}.json", f"{target}.md"} | pictures
     numbers = json.loads((out / f"{target}.json").read_text())

@@ -11,8 +11,9 @@ from tests.cli.test_commands import refused
 from theory import circle, regimes, theorem1
 
 
-@pytest.mark.parametrize("name", ["theorem1", "circle", "regimes"])
-@pytest.mark.parametrize("form", ["--quick", pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "form"), [("theorem1", "--quick"), ("circle", "--quick"), *(
+    pytest.param(*one, marks=pytest.mark.slow) for one in (
+        ("regimes", "--quick"), ("theorem1", ""), ("circle", ""), ("regimes", "")))])
 def test_every_prediction_holds_and_the_figure_is_drawn(command, tmp_path, name, form):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
