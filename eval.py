@@ -43,14 +43,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import Progress, make_folder, pick_device
-from vae_ood.data import PRIOR, generator, load
+from vae_ood.data import PAIRS, PRIOR, generator, load
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import conformal_p_values, detection, latent_spectrum, mmd
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES
 
-PAIRS = {"sprites": ["two_blobs", "discs", "cut_out", "noise", "constant"], "fashionmnist": ["mnist"],
-         "mnist": ["fashionmnist"], "cifar10": ["svhn", "celeba"], "svhn": ["cifar10"], "celeba": ["cifar10", "svhn"]}
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
 MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of the prior
 CPU_FLOPS = 1e13  # the most that decoding 10,000 images may take on a CPU (some two minutes on two cores)

@@ -20,14 +20,11 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 def verdict(checks):
     """The verdict of checks, each True (held), False or None (not reached)."""
-    counts = {word: sum(check is value for check in checks) for value, word in HELD.items()}
-    if not any(counts[HELD[value]] for value in (True, False)):
-        return "not reached"
-    if sum(counts.values()) == counts[HELD[True]]:
-        return "reproduced"
-    if sum(counts.values()) == counts[HELD[False]]:
-        return "not reproduced"
-    return "in part: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count) + " of its checks"
+    for one, word in ((None, "not reached"), (True, "reproduced"), (False, "not reproduced")):
+        if checks.count(one) == len(checks):
+            return word
+    return "in part: " + ", ".join(f"{checks.count(one)} {word}" for one, word in HELD.items() if one in checks) + (
+        " of its checks")
 
 
 def span(values, form="+.3f"):

@@ -25,6 +25,9 @@ import torch.nn.functional as F
 from vae_ood import UserError
 
 SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR = range(5)  # streams of random numbers
+PAIRS = {  # the outlier sets of a data set, the paper's where it has some
+    "sprites": ("two_blobs", "discs", "cut_out", "noise", "constant"), "fashionmnist": ("mnist",),
+    "mnist": ("fashionmnist",), "cifar10": ("svhn", "celeba"), "svhn": ("cifar10",), "celeba": ("cifar10", "svhn")}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"

@@ -77,7 +77,7 @@ def evaluate(model, images, iw_samples, seed=0, dequantize=False, first=0, progr
         out["iw_nll"].append(-torch.stack(log_mean_w).logsumexp(0))
         out["mse"].append(squared_error.mean(1) / d)
         out["kl"].append(kl.sum(1))
-        out["z"].append(z[:, 0])
+        out["z"].append(z[:, 0].clone())  # a view would keep all K samples
         kl_sum += kl.sum(0).cpu()
         progress(rows.stop)
     result = {name: torch.cat(parts).cpu().numpy() for name, parts in out.items()}

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from operator import attrgetter
 from pathlib import Path
 
@@ -36,13 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import Parser, duration, make_folder, one_line_errors, positive_int
-from vae_ood.data import load
+from vae_ood.data import PAIRS, load
 from vae_ood.likelihood import bits_per_dim
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
 
 KAPPAS, ALPHAS = (16, 32, 64, 128, 256, 512), (0.25, 0.5, 1, 2, 3, 4)
-OUTLIERS = {"fashionmnist": ("mnist",), "cifar10": ("svhn", "celeba"), "celeba": ("cifar10", "svhn")}
 PAPER = {  # tables 1 and 2 in the paper's convention: {column: {set: bpd}, "gamma"}; and the supplement's table
     "homotopy": {"learn": {"error": 352.8, "mmd": 93.3}, "fixed": {"error": 349.9, "mmd": 291.8}},
     "table1": dict(zip(KAPPAS, [dict(zip(("train", "test", "mnist", "gamma"), column, strict=True)) for column in (
@@ -94,7 +93,7 @@ class Run:
         gamma = ["--gamma", f"{self.gamma_star:.6g}" if self.gamma == "fixed" else self.gamma] if self.gamma else []
         return ["run.py", "--data", self.data, "--alpha", f"{self.alpha:g}", "--kappa", str(self.kappa), "--recipe",
                 self.recipe, *gamma, "--iters", str(self.iters), "--seed", str(self.seed), "--iw-samples",
-                str(IW_SAMPLES), "--max-images", str(IMAGES), "--outliers", *OUTLIERS[self.data], "--resume", "--out",
+                str(IW_SAMPLES), "--max-images", str(IMAGES), "--outliers", *PAIRS[self.data], "--resume", "--out",
                 str(Path(runs, self.folder))]
 
 
@@ -136,18 +135,23 @@ def cost(run, args, speed=None):
     if done(run, args):
         return 0
     speed = speed or seconds_a_step(replace(run, iters=20, seed=0, gamma=""), args.data_root)
-    decodes = IMAGES * (1 + (1 + IW_SAMPLES) * (2 + len(OUTLIERS[run.data])))  # the first: gamma, after training
+    decodes = IMAGES * (1 + (1 + IW_SAMPLES) * (2 + len(PAIRS[run.data])))  # the first: gamma, after training
     return STARTUP + run.iters * speed + decodes * DECODE_SHARE * speed / 64
+
+
+@functools.cache
+def forward_flops(shape, alpha, kappa):
+    """Floating-point operations of the forward pass of a batch of 64."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = VAE(shape, alpha, kappa)
+        mu, _ = model.encode(torch.empty(64, *shape))
+        model.decode(mu)
+    return counter.get_total_flops()
 
 
 def training_flops(run):
     """Floating-point operations of the whole training: three forward passes a step (two are the backward)."""
-    shape = SHAPES[run.data]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = VAE(shape, run.alpha, run.kappa)
-        mu, _ = model.encode(torch.empty(64, *shape))
-        model.decode(mu)
-    return 3 * counter.get_total_flops() * run.iters
+    return 3 * forward_flops(SHAPES[run.data], run.alpha, run.kappa) * run.iters
 
 
 def plan(columns, args):
@@ -168,12 +172,13 @@ def plan(columns, args):
         for seed in range(args.seeds):
             for seeds, run in zip(planned, columns, strict=True):
                 one, flops = replace(run, seed=seed), training_flops(run)
-                if done(one, args) or (flops < refused and cost(one, args) <= left):
+                seconds = cost(one, args) if done(one, args) or flops < refused else math.inf
+                if seconds <= left:
                     seeds.append(one)
-                    costs.append(cost(one, args))
-                    left -= costs[-1]
-                elif flops < refused:
-                    refused = flops
+                    costs.append(seconds)
+                    left -= seconds
+                else:
+                    refused = min(refused, flops)
         if any(costs):
             print(f"{sum(value > 0 for value in costs)} runs are left to train and evaluate: about "
                   f"{duration(sum(costs))} on this machine", flush=True)
@@ -375,26 +380,34 @@ def capacity(columns):
     return claims
 
 
-def table1(args, name="table1", title="Table 1"):
-    """FashionMNIST against MNIST, alpha = 1, over kappa."""
-    label, sets = attrgetter("kappa"), ("train", "test", "mnist")
+def by_kappa(args, name, title):
+    """The columns of FashionMNIST against MNIST, alpha = 1, over kappa, and their table under this name."""
+    label = attrgetter("kappa")
     table = run_columns([Run("fashionmnist", 1, kappa, recipe=args.recipe) for kappa in KAPPAS], args)
-    write_table(name, f"{title}: FashionMNIST (inliers) and MNIST, alpha = 1, by kappa", label, table, sets, args,
-                [above(table, "mnist", label), falls(table)], PAPER["table1"])
-    if name == "table1":
-        draw_table(name, "$\\kappa$", label, table, sets, args)
+    write_table(name, f"{title}: FashionMNIST (inliers) and MNIST, alpha = 1, by kappa", label, table,
+                ("train", "test", "mnist"), args, [above(table, "mnist", label), falls(table)], PAPER["table1"])
     return table
 
 
-def table2(args, name="table2", title="Table 2", alphas=ALPHAS):
-    """CIFAR-10 against SVHN and CelebA, kappa = 32, over alpha."""
-    label, sets = attrgetter("alpha"), ("train", "test", "svhn", "celeba")
+def by_alpha(args, name, title, alphas):
+    """The columns of CIFAR-10 against SVHN and CelebA, kappa = 32, over alpha, and their table under this name."""
     table = run_columns([Run("cifar10", alpha, 32, recipe=args.recipe) for alpha in alphas], args)
-    write_table(name, f"{title}: CIFAR-10 (inliers), SVHN and CelebA, kappa = 32, by alpha", label, table, sets, args,
+    write_table(name, f"{title}: CIFAR-10 (inliers), SVHN and CelebA, kappa = 32, by alpha", attrgetter("alpha"), table,
+                ("train", "test", "svhn", "celeba"), args,
                 [falls(table), *capacity({run.alpha: results for run, results in table})], PAPER["table2"])
-    if name == "table2":
-        draw_table(name, "$\\alpha$", label, table, sets, args)
     return table
+
+
+def table1(args):
+    """FashionMNIST against MNIST."""
+    table = by_kappa(args, "table1", "Table 1")
+    draw_table("table1", "$\\kappa$", attrgetter("kappa"), table, ("train", "test", "mnist"), args)
+
+
+def table2(args):
+    """CIFAR-10 against SVHN and CelebA."""
+    table = by_alpha(args, "table2", "Table 2", ALPHAS)
+    draw_table("table2", "$\\alpha$", attrgetter("alpha"), table, ("train", "test", "svhn", "celeba"), args)
 
 
 def figure(name, args, rows, columns, draw):
@@ -407,6 +420,14 @@ def figure(name, args, rows, columns, draw):
     draw(sheet.subplots(rows, columns, squeeze=False))
     sheet.savefig(Path(args.out, f"{name}.png"))
     print(f"written to {Path(args.out, name)}.*")
+
+
+def name_axis(axes, label, values):
+    """A logarithmic x axis that names these values alone, and the legend."""
+    axes.set(xscale="log", xlabel=label)
+    axes.set_xticks(list(values), [f"{value:g}" for value in values], minor=False)
+    axes.minorticks_off()
+    axes.legend(frameon=False)
 
 
 def draw_table(name, axis, label, table, sets, args):
@@ -422,16 +443,14 @@ def draw_table(name, axis, label, table, sets, args):
             axes[0, 0].plot(list(PAPER[name]), [column[one] + 4 for column in PAPER[name].values()], "--",
                             color=f"C{i}", alpha=0.6)
         axes[0, 0].plot([], [], "k--", alpha=0.6, label="the paper, plus 4")
-        axes[0, 0].set(xscale="log", xlabel=axis, ylabel="bits per dimension (8 bits)")
+        axes[0, 0].set(ylabel="bits per dimension (8 bits)")
         axes[0, 1].plot([x for x, _ in reached], [statistics.mean(m["gamma"] for m in r) for _, r in reached], "ko-",
                         label="ours")
         axes[0, 1].plot(list(PAPER[name]), [column["gamma"] for column in PAPER[name].values()], "k--", alpha=0.6,
                         label="the paper")
-        axes[0, 1].set(xscale="log", xlabel=axis, ylabel=r"$\gamma$", ylim=(0, None))
+        axes[0, 1].set(ylabel=r"$\gamma$", ylim=(0, None))
         for one in axes.flat:
-            one.set_xticks(list(PAPER[name]), [f"{x:g}" for x in PAPER[name]], minor=False)
-            one.minorticks_off()
-            one.legend(frameon=False)
+            name_axis(one, axis, PAPER[name])
 
     figure(name, args, 1, 2, draw)
 
@@ -466,12 +485,12 @@ def histograms(name, table, title, args):
 
 def fig2(args):
     """The histograms of table 1's runs."""
-    histograms("fig2", table1(args, "fig2", "Figure 2"), lambda run: f"FashionMNIST, $\\kappa$ = {run.kappa}", args)
+    histograms("fig2", by_kappa(args, "fig2", "Figure 2"), lambda run: f"FashionMNIST, $\\kappa$ = {run.kappa}", args)
 
 
 def fig3(args):
     """The histograms of table 2's runs, and of alpha = 8, which the paper's figure has, where there is no budget."""
-    table = table2(args, "fig3", "Figure 3", ALPHAS if args.budget else (*ALPHAS, 8))
+    table = by_alpha(args, "fig3", "Figure 3", ALPHAS if args.budget else (*ALPHAS, 8))
     histograms("fig3", table, lambda run: f"CIFAR-10, $\\alpha$ = {run.alpha:g}", args)
 
 
@@ -629,7 +648,7 @@ def select(args):
     args.seeds = 1
     table = run_columns(by_compute(args), args)
     reached = sorted((results[0] for _, results in table if results), key=lambda m: (m["iters"], m["alpha"]))
-    names, groups, claims, lines = OUTLIERS["cifar10"], {}, [], []
+    names, groups, claims, lines = PAIRS["cifar10"], {}, [], []
     for m in reached:
         test, train = m["sets"]["test"], m["sets"]["train"]
         z = (test["nll"] - train["nll"]) / math.sqrt(sum(s["nll_std"]**2 / s["n"] for s in (test, train)))
@@ -638,9 +657,9 @@ def select(args):
             "images": [train["n"], test["n"]], "command": m["command"], "detection": m["detection"]})
     choices = {}
     for iters, rows in groups.items():
-        kept = [row["alpha"] for i, row in enumerate(rows) if not any(other["significant"] for other in rows[:i + 1])]
-        choices[iters] = chosen = kept[-1] if kept else None
-        found = any(row["significant"] for row in rows)
+        kept = list(takewhile(lambda row: not row["significant"], rows))
+        choices[iters] = chosen = kept[-1]["alpha"] if kept else None
+        found = len(kept) < len(rows)
         lines.append(f"{iters:,} steps: alpha chosen: {'none' if chosen is None else f'{chosen:g}'}"
                      + ("" if found else ", the largest that was run: no gap was significant") + ".")
         claims.append((f"at {iters:,} steps the smallest alpha's gap is not significant and a larger one's is",
@@ -673,10 +692,7 @@ def select(args):
         axes[0, 0].set(ylabel="z of the gap between test and training NLL")
         axes[0, 1].set(ylabel="AUROC of the NLL", ylim=(0, 1))
         for one in axes.flat:
-            one.set(xscale="log", xlabel="$\\alpha$")
-            one.set_xticks(ALPHAS, [f"{value:g}" for value in ALPHAS], minor=False)
-            one.minorticks_off()
-            one.legend(frameon=False)
+            name_axis(one, "$\\alpha$", ALPHAS)
 
     if groups:
         figure("select", args, 1, 2, draw)
