@@ -36,7 +36,7 @@ def span(values, form="+.3f"):
 def seeds_of(groups):
     """How many seeds stand behind the figures."""
     low, high = min(map(len, groups)), max(map(len, groups))
-    return f"{low if low == high else f'{low} to {high}'} seed(s)"
+    return f"{low if low == high else f'{low} to {high}'} seed{'s' * (high > 1)}"
 
 
 def p1(numbers):
@@ -166,7 +166,7 @@ def page(folder):
             hours = sum(run["seconds_at_median_speed"] for run in runs) / 3600
             spent = (f"P2 and P8 rest on {len(runs)} runs, {hours:.1f} hours of training in all at their median speeds "
                      f"({sum(run['flops'] for run in runs):.1e} FLOPs). Their logs and metrics, from which `--runs "
-                     "results/runs --budget 0` draws, and two checkpoints are in [runs/](runs). ")
+                     "results/runs --budget 0` draws, and two checkpoints, their weights in float16, are in [runs/](runs). ")
     return "\n".join([
         "# Results", "",
         "Written by `python -m vae_ood.claims` from the JSON files beside it; a test fails where the two disagree. "
