@@ -166,7 +166,8 @@ def page(folder):
             hours = sum(run["seconds_at_median_speed"] for run in runs) / 3600
             spent = (f"P2 and P8 rest on {len(runs)} runs, {hours:.1f} hours of training in all at their median speeds "
                      f"({sum(run['flops'] for run in runs):.1e} FLOPs). Their logs and metrics, from which `--runs "
-                     "results/runs --budget 0` draws, and two checkpoints, their weights in float16, are in [runs/](runs). ")
+                     "results/runs --budget 0` draws, and two checkpoints, their weights in float16, are in "
+                     "[runs/](runs). ")
     return "\n".join([
         "# Results", "",
         "Written by `python -m vae_ood.claims` from the JSON files beside it; a test fails where the two disagree. "
