@@ -32,6 +32,7 @@ if __name__ == "__main__":
         ARGS = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
 
 import csv
+import functools
 import io
 import json
 import math
@@ -47,16 +48,17 @@ from vae_ood.data import PAIRS, PRIOR, generator, load
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import conformal_p_values, detection, latent_spectrum, mmd
 from vae_ood.model import VAE
-from vae_ood.scores import SCORES
+from vae_ood.scores import CONTROLS, SCORES, Features
 
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
 MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of the prior
 CPU_FLOPS = 1e13  # the most that decoding 10,000 images may take on a CPU (some two minutes on two cores)
 
 
-def check_scores(names):
-    """UserError unless every name is a score."""
-    for name in names:
+def check_scores(args):
+    """Where --scores does not say, all but `regret`, which takes minutes; UserError unless every name is a score."""
+    args.scores = args.scores or [name for name in SCORES if name != "regret"]
+    for name in args.scores:
         if name not in SCORES:
             raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}")
 
@@ -106,12 +108,15 @@ def load_outliers(config, args):
 
 
 def measure(model, config, images, args, label, first=0):
-    """(likelihoods, {score: [N]}) of `images`, with progress; `first` is the number of the first image's noise."""
-    bar = Progress(len(images.pixels), label=label)
-    likelihoods = evaluate(model, images.pixels, args.iw_samples, config["seed"], config["dequantize"], first,
-                           bar.update)
-    bar.close()
-    return likelihoods, {name: SCORES[name](model, images, likelihoods) for name in args.scores}
+    """The `Features` of `images`, whose likelihoods show their progress when they are asked for; `first` is the number
+    of the first image's noise."""
+    def likelihoods():
+        bar = Progress(len(images.pixels), label=label)
+        result = evaluate(model, images.pixels, args.iw_samples, config["seed"], config["dequantize"], first,
+                          bar.update)
+        bar.close()
+        return result
+    return Features(model, images.pixels, functools.cache(likelihoods))
 
 
 def write_csv(path, header, rows):
@@ -126,16 +131,17 @@ def write_csv(path, header, rows):
 def evaluate_outliers(model, config, sets, args, out):
     """Evaluate `sets` ({'train', 'test', outliers...: Images}), print the tables and write the files to `out`."""
     d = math.prod(config["shape"])
-    measured = {name: measure(model, config, images, args, name) for name, images in sets.items()}
-    kl, active, cut, ratio = latent_spectrum(measured["train"][0]["kl_per_dim"])
-    z = measured["train"][0]["z"][:MMD_IMAGES]
+    features = {name: measure(model, config, images, args, name) for name, images in sets.items()}
+    measured = {name: f.likelihoods() for name, f in features.items()}
+    kl, active, cut, ratio = latent_spectrum(measured["train"]["kl_per_dim"])
+    z = measured["train"]["z"][:MMD_IMAGES]
     prior = generator(config["seed"], PRIOR).standard_normal(z.shape)
     metrics = {"config": config, "gamma": model.log_gamma.exp().item(), "active_dims": active, "kappa": config["kappa"],
                "iw_samples": args.iw_samples, "kl_per_dim": kl.tolist(), "spectrum_cut": cut, "spectrum_ratio": ratio,
                "mmd": mmd(z, prior) if len(z) > 1 else None, "mmd_images": len(z), "sets": {}, "scores": {}}
     print(f"\n{'set':<14}{'images':>8}{'bpd':>9}{'bpd_iw':>9}{'nll':>11}{'nll_iw':>11}{'mse':>10}{'kl':>9}"
           f"     bpd: bits per dimension, nll and kl: nats, iw: K = {args.iw_samples}")
-    for name, (likelihoods, _) in measured.items():
+    for name, likelihoods in measured.items():
         nll, iw, mse, kl_mean = (float(likelihoods[key].mean()) for key in ("nll", "iw_nll", "mse", "kl"))
         row = {"n": len(likelihoods["nll"]), "bpd": bits_per_dim(nll, d), "bpd_iw": bits_per_dim(iw, d), "nll": nll,
                "nll_std": float(likelihoods["nll"].std()), "nll_iw": iw, "mse": mse, "kl": kl_mean,
@@ -145,17 +151,17 @@ def evaluate_outliers(model, config, sets, args, out):
             f"{value:>{width}.{digits}f}" if abs(value) < 10 ** (width - digits - 2) else f"{value:>{width}.1e}"
             for value, width, digits in ((row["bpd"], 9, 3), (row["bpd_iw"], 9, 3), (nll, 11, 1), (iw, 11, 1),
                                          (mse, 10, 6), (kl_mean, 9, 2))) + "  " + "; ".join(sets[name].notes))
-    print(f"\n{'score':<14}{'outliers':<14}{'AUROC [95% interval]':<26}{'AUPR':>7}{'FPR95':>8}"
-          "     outliers are the positive class; a larger score is more outlying")
     outliers = [name for name in sets if name not in ("train", "test")]
-    for name in args.scores:
-        inlier_scores = measured["test"][1][name]
-        metrics["scores"][name] = {}
-        for outlier in outliers:
-            row = metrics["scores"][name][outlier] = detection(inlier_scores, measured[outlier][1][name])
-            low, high = row["auroc_ci95"]
-            print(f"{name:<14}{outlier:<14}{row['auroc']:.4f} [{low:.4f}, {high:.4f}]{'':<3}{row['aupr']:>7.4f}"
-                  f"{row['fpr95']:>8.4f}")
+    print(f"\n{'AUROC, FPR95':<27}" + "".join(f"{name[:15]:>17}" for name in outliers) +
+          "     outliers are the positive class; a larger score is more outlying")
+    scores = {}
+    for score in args.scores:
+        scorer = SCORES[score](features["train"])
+        scores[score] = {name: scorer(f) for name, f in features.items()}
+        rows = metrics["scores"][score] = {
+            name: detection(scores[score]["test"], scores[score][name]) for name in outliers}
+        print(f"{score + ' (control)' * (SCORES[score] in CONTROLS):<27}" + "".join(
+            f"{row['auroc']:>10.4f}{row['fpr95']:>7.3f}" for row in rows.values()))
     if config["data"] == "sprites":
         print(f"\n{cut} of {config['kappa']} latent dimensions carry the data; the family has "
               f"{config['sprite_factors']}" + (f" (largest drop of the mean KL: {ratio:.1f}-fold)" if ratio else ""))
@@ -164,11 +170,11 @@ def evaluate_outliers(model, config, sets, args, out):
               f"{metrics['gamma']:.3g}")
 
     write_csv(out / "scores.csv", ["set", "index", *args.scores],
-              ([name, i, *row] for name, (_, scores) in measured.items()
-               for i, row in enumerate(zip(*(scores[s].tolist() for s in args.scores), strict=True))))
+              ([name, i, *row] for name in sets
+               for i, row in enumerate(zip(*(scores[s][name].tolist() for s in args.scores), strict=True))))
     if plots.available():
         title = f"{Path(config['data']).name}, alpha = {config['alpha']:g}, kappa = {config['kappa']}"
-        bpd = {name: bits_per_dim(likelihoods["nll"], d) for name, (likelihoods, _) in measured.items()}
+        bpd = {name: bits_per_dim(likelihoods["nll"], d) for name, likelihoods in measured.items()}
         plots.nll_histogram(out / "nll_histogram.png", bpd, title)
         plots.mutual_information(out / "mutual_information.png", kl, title)
     else:
@@ -193,15 +199,18 @@ def score_images(model, config, args, out):
         print(f"{own.name}: {note}")
     if Path(args.score).resolve() == Path(config["data"]):
         print("note: the model was trained on these images; the false-alarm rate holds for new ones only")
-    _, calibration = measure(model, config, test, args, "calibration")
-    _, scores = measure(model, config, own, args, "score", first=n)  # noise of its own: exchangeable with calibration's
-    p = conformal_p_values(calibration[args.scores[0]], scores[args.scores[0]])
+    train = measure(model, config, load_inliers(config, "train", args), args, "train")
+    calibration = measure(model, config, test, args, "calibration")
+    features = measure(model, config, own, args, "score", first=n)  # its own noise: exchangeable with calibration's
+    scorers = {name: SCORES[name](train) for name in args.scores}
+    scores = {name: scorer(features) for name, scorer in scorers.items()}
+    p = conformal_p_values(scorers[args.scores[0]](calibration), scores[args.scores[0]])
     flagged = p <= args.fpr
     names = own.files or range(len(p))
     write_csv(out / "scores.csv", ["file" if own.files else "index", *args.scores, "p_value", "outlier"],
               zip(names, *(scores[s].tolist() for s in args.scores), p.tolist(), flagged.astype(int).tolist(),
                   strict=True))
-    print(f"\n{'image':<40}{args.scores[0]:>12} (nats){'p-value':>10}")
+    print(f"\n{'image':<40}{args.scores[0]:>19}{'p-value':>10}")
     for i in np.argsort(-scores[args.scores[0]], kind="stable")[:10]:
         print(f"{str(names[i])[-39:]:<40}{scores[args.scores[0]][i]:>12.1f}{'':7}{p[i]:>10.4f}"
               f"{'  outlier' if flagged[i] else ''}")
@@ -210,7 +219,8 @@ def score_images(model, config, args, out):
 
 
 def main(args):
-    check_scores(args.scores)
+    args.scores = args.scores or (["default"] if args.score else None)
+    check_scores(args)
     device = pick_device(args.device)
     model, config = checkpoint.load_model(args.ckpt, device)
     limit_images(args, config["shape"], config["alpha"], config["kappa"], device)

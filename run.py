@@ -308,7 +308,7 @@ def train(args, images, out, device):
 
 
 def main(args):
-    evaluation.check_scores(args.scores)
+    evaluation.check_scores(args)
     device = pick_device(args.device)
     if args.data not in DATASETS and args.data != "sprites":
         if not Path(args.data).exists():

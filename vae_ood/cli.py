@@ -44,8 +44,8 @@ def add_evaluation_arguments(parser):
     group = parser.add_argument_group("evaluation")
     group.add_argument("--outliers", nargs="+", metavar="NAME|PATH", help="outlier sets: data set names, noise, "
                        "constant, two_blobs, discs, cut_out, or paths (default: the paper's for the data set)")
-    group.add_argument("--scores", nargs="+", default=["nll", "iw_nll"], metavar="NAME",
-                       help="outlier scores (default: nll iw_nll)")
+    group.add_argument("--scores", nargs="+", metavar="NAME",
+                       help="outlier scores (default: all but regret; with --score: default)")
     group.add_argument("--iw-samples", type=positive_int, default=16, metavar="K",
                        help="samples of z an image, for every estimate (default 16)")
     group.add_argument("--max-images", type=positive_int, metavar="N",

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from vae_ood import UserError
 
-SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR = range(5)  # streams of random numbers
+SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR, REGRET = range(6)  # streams of random numbers
 PAIRS = {  # the outlier sets of a data set, the paper's where it has some
     "sprites": ("two_blobs", "discs", "cut_out", "noise", "constant"), "fashionmnist": ("mnist",),
     "mnist": ("fashionmnist",), "cifar10": ("svhn", "celeba"), "svhn": ("cifar10",), "celeba": ("cifar10", "svhn")}

@@ -95,14 +95,14 @@ def test_score_own_images(tiny_run, command, tmp_path):
             Image.fromarray(image).save(folder / f"{kind}{i:02d}.png")
     result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", folder, "--fpr", 0.1, "--iw-samples", 2)
     table = rows(out / "score-mine" / "scores.csv")
-    assert list(table[0]) == ["file", "nll", "iw_nll", "p_value", "outlier"] and len(table) == 80
+    assert list(table[0]) == ["file", "default", "p_value", "outlier"] and len(table) == 80
     for row in table:
         assert row["outlier"] == str(int(float(row["p_value"]) <= 0.1))
     flagged = {kind: sum(int(r["outlier"]) for r in table if r["file"].startswith(kind))
                for kind in ("sprites", "discs")}
     assert flagged["discs"] >= 39 and flagged["sprites"] <= 14  # 10% of 40, four standard errors above
     assert f"{sum(flagged.values())} of 80 images flagged at p <= 0.1" in result.stdout
-    worst = sorted(table, key=lambda row: -float(row["nll"]))[:10]  # p-values are equal there, scores are not
+    worst = sorted(table, key=lambda row: -float(row["default"]))[:10]  # p-values are equal there, scores are not
     assert [line.split()[0] for line in result.stdout.splitlines() if ".png" in line] == [r["file"] for r in worst]
     assert (out / "scores.csv").exists() and len(rows(out / "scores.csv")) == 2100  # the evaluation's are kept
 

@@ -1,0 +1,180 @@
+"""The scores against closed forms, brute force and an inverse."""
+
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from tests.test_likelihood import LinearVAE
+from vae_ood import scores
+from vae_ood.model import VAE
+from vae_ood.scores import SCORES, Features, Part
+
+
+def random_images(n, shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, *shape), np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 20, 31), (1, 3, 2)])
+def test_white_noise_has_the_same_energy_in_every_band(shape):
+    x = 0.1 * torch.from_numpy(np.random.default_rng(0).standard_normal((2000, *shape))).float()
+    energies = (scores.band_log_energies(x).exp() - scores.QUANTISATION).mean(0)
+    assert len(energies) % shape[0] == 0 and (energies / 0.01 - 1).abs().max() < 0.12  # four standard errors of one
+    if shape[1] > 3:
+        assert len(energies) == 9 * shape[0]
+    matrix = scores.dct_matrix(shape[1])
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(shape[1]))
+
+
+def test_gray_images_have_no_colour_energy():
+    x = torch.rand(5, 1, 16, 16).expand(-1, 3, -1, -1)
+    energies = scores.band_log_energies(x).unflatten(1, (3, -1))
+    torch.testing.assert_close(energies[:, 1:].exp(), torch.full_like(energies[:, 1:], scores.QUANTISATION), atol=1e-7,
+                               rtol=1e-2)
+    assert energies[:, 0].min() > math.log(1e-3)
+
+
+def test_gaussian_is_the_mahalanobis_distance():
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((n, 4)) @ rng.standard_normal((4, 4)) + 3 for n in (50_000, 7))
+    precision = np.linalg.inv(np.cov(x.T))
+    expected = np.einsum("ni,ij,nj->n", y - x.mean(0), precision, y - x.mean(0))
+    np.testing.assert_allclose(scores.gaussian(x)(y), expected, rtol=2e-3)
+    assert np.isfinite(scores.gaussian(x[:3])(y)).all()  # fewer images than dimensions
+    assert np.isfinite(scores.gaussian(np.c_[x[:9], np.zeros(9)])(np.c_[y, np.zeros(7)])).all()  # a constant
+
+
+def test_mixture_finds_the_density_of_a_mixture():
+    rng = np.random.default_rng(0)
+    means, factors = rng.uniform(-8, 8, (3, 2)), rng.uniform(0.3, 1, (3, 2, 2)) + np.eye(2)
+    which = rng.choice(3, 20_000, p=[0.2, 0.3, 0.5])
+    x = means[which] + np.einsum("nij,nj->ni", factors[which], rng.standard_normal((20_000, 2)))
+    parts = [MultivariateNormal(torch.tensor(m), scale_tril=torch.linalg.cholesky(torch.tensor(f @ f.T)))
+             for m, f in zip(means, factors, strict=True)]
+    log_weights = torch.tensor([0.2, 0.3, 0.5]).log()
+
+    def truth(y):
+        joint = [p.log_prob(torch.tensor(y)) + w for p, w in zip(parts, log_weights, strict=True)]
+        return -torch.stack(joint).logsumexp(0).numpy()
+
+    found, test = scores.mixture(x, components=3), x[:2000]
+    difference = found(test) - truth(test)
+    assert np.std(difference) < 0.1 < np.std(truth(test))  # equal up to a constant
+    one = scores.mixture(x, components=1)(test)
+    np.testing.assert_allclose(one - one[0], (scores.gaussian(x)(test) - scores.gaussian(x)(test)[0]) / 2, rtol=1e-3,
+                               atol=1e-2)
+    assert np.isfinite(scores.mixture(x[:5])(test)).all()
+
+
+def test_surprise_is_minus_log_p():
+    inliers = np.random.default_rng(0).exponential(size=100_000)
+    x = np.array([0.0, 0.1, 1, 2, 4, 8, 20])
+    np.testing.assert_allclose(scores.surprise(inliers)(x), x, atol=0.05, rtol=0.05)  # of exp(1), -log p = x
+    function = scores.surprise(inliers[:50])
+    values = function(np.linspace(-1, 30, 5000))
+    assert (np.diff(values) >= 0).all() and np.isfinite(scores.surprise(np.ones(9))(x)).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 7), (3, 12, 10)])
+def test_the_code_can_be_decoded(shape, monkeypatch):
+    image, codes = random_images(1, shape)[0].numpy() // 16 + 100, []
+    original = zlib.compressobj
+
+    class Spy:
+        def __init__(self, *args):
+            self.inner = original(*args)
+
+        def compress(self, data):
+            codes.append(self.inner.compress(data))
+            return codes[-1]
+
+        def flush(self):
+            codes.append(self.inner.flush())
+            return codes[-1]
+
+    monkeypatch.setattr(scores.zlib, "compressobj", Spy)
+    bits = scores.zlib_bits(image)
+    assert bits == 8 * sum(map(len, codes))
+    rest = np.frombuffer(zlib.decompress(b"".join(codes), -15), np.uint8).reshape(shape).astype(int)
+    planes = np.zeros((shape[0], shape[1] + 1, shape[2] + 1), int)
+    decoded = [image[0].astype(int) - image[1], image[1].astype(int), image[2].astype(int) - image[1]] if shape[
+        0] == 3 else [image[0].astype(int)]
+    for plane, residual, true in zip(planes, rest, decoded, strict=True):
+        for i in range(shape[1]):
+            for j in range(shape[2]):
+                a, b, c = plane[i + 1, j], plane[i, j + 1], plane[i, j]
+                guess = min((a, b, c), key=lambda v, p=a + b - c: abs(p - v))  # PNG's: the first of the nearest
+                value = (guess + residual[i, j]) % 256
+                plane[i + 1, j + 1] = value if true.min() >= 0 else (value + 128) % 256 - 128
+        np.testing.assert_array_equal(plane[1:, 1:], true)
+
+
+def test_codes_are_short_for_simple_images():
+    noise, constant = random_images(1, (3, 32, 32))[0].numpy(), np.full((3, 32, 32), 7, np.uint8)
+    for code in (scores.zlib_bits, scores.webp_bits):
+        assert code(constant) < 1500 < 8 * noise.size * 0.98 < code(noise)
+    assert scores.code() is scores.webp_bits
+
+
+def test_likelihood_path_is_ecod():
+    rng = np.random.default_rng(0)
+    train, x = {"path": rng.gamma(2, size=(60, 3)) * [1, 1, -1]}, {"path": rng.gamma(3, size=(20, 3)) * [1, 1, -1]}
+    expected = []
+    for row in x["path"]:
+        left = [-math.log((1 + (train["path"][:, j] <= row[j]).sum()) / 61) for j in range(3)]
+        right = [-math.log((1 + (train["path"][:, j] >= row[j]).sum()) / 61) for j in range(3)]
+        expected.append(max(sum(left), sum(right), right[0] + right[1] + left[2]))  # skewed to the right, right, left
+    np.testing.assert_allclose(SCORES["likelihood_path"](train)(x), expected)
+
+
+def test_regret_is_the_encoders_gap():
+    images = random_images(40, (1, 4, 6)) // 8 + 112
+    model = LinearVAE(shift=1.0, widen=1.5).requires_grad_(False)
+    regret = Features(model, images, None)["regret"]
+    gap = 3 * (-math.log(1.5) + (1.5**2 + 1 - 1) / 2)  # KL(q || posterior): the posterior is Gaussian and diagonal
+    np.testing.assert_allclose(regret, gap, rtol=0.25)
+    assert regret.mean() == pytest.approx(gap, rel=0.1)
+    exact = Features(LinearVAE().requires_grad_(False), images, None)["regret"]
+    assert abs(exact).max() < 0.3
+    alone = np.concatenate([Features(model, image[None], None)["regret"] for image in images[:5]])
+    np.testing.assert_allclose(regret[:5], alone, rtol=1e-3)
+
+
+def test_every_score_takes_any_images():
+    torch.manual_seed(0)
+    for shape, kappa, n in (((3, 12, 10), 4, 30), ((1, 8, 8), 1, 5)):
+        model = VAE(shape, 0.05, kappa, 0.1).eval()
+        train, some = (Features(model, random_images(m, shape, m), lambda m=m: {
+            "nll": np.arange(m, dtype=float), "iw_nll": np.arange(m) / 2}) for m in (n, 4))
+        for name, score in SCORES.items():
+            values = score(train)(some)
+            assert values.shape == (4,) and np.isfinite(values).all(), name
+            np.testing.assert_allclose(score(train)(Part(some, slice(1, 3))), values[1:3], rtol=1e-6, err_msg=name)
+
+
+def test_features_do_not_depend_on_the_batches(monkeypatch):
+    model, images = VAE((1, 8, 8), 0.1, 3, 0.1).eval(), random_images(30, (1, 8, 8))
+    names = ("mu", "path", "residual_spectrum", "image_spectrum", "regret")
+    whole = Features(model, images, None)
+    expected = [whole[name] for name in names]
+    monkeypatch.setattr(scores, "chunk_size", lambda model: 7)
+    parts = Features(model, images, None)
+    for name, value in zip(names, expected, strict=True):
+        np.testing.assert_allclose(parts[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_default_hears_what_one_component_says():
+    """An outlier in the residual alone, or in the latents alone, scores above nearly every inlier."""
+    rng = np.random.default_rng(0)
+
+    def features(n, **shifts):
+        sizes = {"residual_spectrum": 9, "image_spectrum": 9, "path": 3, "mu": 5, "log_sigma": 5}
+        return {name: rng.standard_normal((n, size)) + shifts.get(name, 0) for name, size in sizes.items()}
+
+    score = SCORES["default"](features(4000))
+    inliers = score(features(2000))
+    for name in ("residual_spectrum", "mu"):
+        assert (score(features(200, **{name: 3.0})) > np.quantile(inliers, 0.99)).mean() > 0.95
