@@ -4,7 +4,8 @@
     python eval.py --ckpt runs/.../ckpt.pt --score PATH --fpr 0.05     flag the outliers among your own images
 
 The first writes metrics.json, scores.csv, nll_histogram.png and mutual_information.png to --out (default: beside the
-checkpoint); the second scores.csv with a p-value for each image (default --out: score-<name> beside the checkpoint).
+checkpoint); the second scores.csv with a p-value for each image and outliers.png, the 16 most and the 16 least outlying
+(default --out: score-<name> beside the checkpoint).
 """
 
 import argparse
@@ -206,6 +207,11 @@ def score_images(model, config, args, out):
     scores = {name: scorer(features) for name, scorer in scorers.items()}
     p = conformal_p_values(scorers[args.scores[0]](calibration), scores[args.scores[0]])
     flagged = p <= args.fpr
+    if plots.available():
+        plots.outliers(out / "outliers.png", own.pixels.numpy(), p, scores[args.scores[0]],
+                       f"{own.name}: {args.scores[0]}, calibrated on {n:,} images")
+    else:
+        print("no figure: pip install matplotlib")
     names = own.files or range(len(p))
     write_csv(out / "scores.csv", ["file" if own.files else "index", *args.scores, "p_value", "outlier"],
               zip(names, *(scores[s].tolist() for s in args.scores), p.tolist(), flagged.astype(int).tolist(),

@@ -54,6 +54,26 @@ def draw_histogram(axes, bpd, title):
     axes.legend(frameon=False, loc="upper center" if far else "best")
 
 
+def outliers(path, images, p_values, scores, title):
+    """Write the 16 most and the 16 least outlying of uint8 images [N, C, H, W] with their p-values [N]; scores [N] say
+    which, as p-values tie."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    order = np.argsort(-scores, kind="stable")
+    figure = Figure(figsize=(10.0, 6.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for part, name, chosen in zip(figure.subfigures(2), ("most outlying", "least outlying, the least last"),
+                                  (order[:16], order[max(16, len(order) - 16):]), strict=True):
+        part.suptitle(name, fontsize="medium")
+        for axes, i in zip(part.subplots(2, 8).flat, [*chosen, *[None] * (16 - len(chosen))], strict=True):
+            axes.axis("off")
+            if i is not None:
+                axes.imshow(images[i].transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=255)
+                axes.set_title(f"p = {p_values[i]:.4f}", fontsize="small")
+    figure.savefig(path)
+
+
 def mutual_information(path, kl_per_dim, title):
     """Write the sorted mean KL of each latent dimension (nats), as Fig. 4."""
     kl, active, cut, ratio = latent_spectrum(kl_per_dim)

@@ -102,6 +102,7 @@ def test_score_own_images(tiny_run, command, tmp_path):
                for kind in ("sprites", "discs")}
     assert flagged["discs"] >= 39 and flagged["sprites"] <= 14  # 10% of 40, four standard errors above
     assert f"{sum(flagged.values())} of 80 images flagged at p <= 0.1" in result.stdout
+    assert np.asarray(Image.open(out / "score-mine" / "outliers.png")).std() > 5
     worst = sorted(table, key=lambda row: -float(row["default"]))[:10]  # p-values are equal there, scores are not
     assert [line.split()[0] for line in result.stdout.splitlines() if ".png" in line] == [r["file"] for r in worst]
     assert (out / "scores.csv").exists() and len(rows(out / "scores.csv")) == 2100  # the evaluation's are kept
