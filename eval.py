@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import Progress, make_folder, pick_device
-from vae_ood.data import PAIRS, PRIOR, generator, load
+from vae_ood.data import CORRUPTIONS, PAIRS, PRIOR, corrupt, generator, load
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import conformal_p_values, detection, latent_spectrum, mmd
 from vae_ood.model import VAE
@@ -88,7 +88,9 @@ def load_inliers(config, split, args):
 
 
 def load_others(config, data, args):
-    """Images of `data`, a name or a path, converted to the shape of the inliers."""
+    """Images of `data`, a name or a path, converted to the shape of the inliers, or their test images corrupted."""
+    if data in CORRUPTIONS:
+        return corrupt(load_inliers(config, "test", args), data)
     return load(data, "all", args.data_root, config["shape"], config["sprite_factors"],
                 config["skip_bad"] or args.skip_bad)
 

@@ -7,10 +7,12 @@ import tarfile
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from vae_ood import UserError, data
-from vae_ood.data import convert, fetch, generator, load, to_unit
+from vae_ood.data import CORRUPTIONS, Images, convert, corrupt, fetch, generator, load, to_unit
 
 RNG = np.random.default_rng(0)
 
@@ -365,6 +367,40 @@ def test_convert():
     wide = torch.zeros(1, 1, 8, 24, dtype=torch.uint8)
     wide[..., 8:16] = 200
     assert (convert(wide, (1, 8, 8)) == 200).all()  # the centre square, not a squashed whole
+
+
+def test_mnist_is_padded_not_resized(tmp_path):
+    images = random_images(5, 28, 28)
+    put(tmp_path / "mnist" / "t10k-images-idx3-ubyte", idx(images))
+    padded = load("mnist", "test", tmp_path, shape=(3, 33, 32))
+    assert padded.notes == ["padded from 1x28x28", "converted from 1x33x32"] and padded.pixels.shape == (5, 3, 33, 32)
+    assert (padded.pixels[:, :, 2:30, 2:30].numpy() == images[:, None]).all()
+    assert padded.pixels.sum() == 3 * images.sum(dtype=np.int64)
+    assert load("mnist", "test", tmp_path, shape=(1, 14, 14)).notes == ["converted from 1x28x28"]
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 14)])
+def test_corruptions(shape):
+    rng = np.random.default_rng(0)
+    images = Images("some", torch.from_numpy(rng.integers(40, 216, (300, *shape), np.uint8)))
+    x, constant = images.pixels.double(), replace(images, pixels=torch.full((2, *shape), 77, dtype=torch.uint8))
+    made = {kind: corrupt(images, kind).pixels.double() for kind in CORRUPTIONS}
+    for kind in CORRUPTIONS:
+        assert made[kind].shape == x.shape and corrupt(images, kind).pixels.dtype == torch.uint8
+        assert torch.equal(corrupt(images, kind).pixels.double(), made[kind])  # the same each time
+        if kind != "noisy":
+            assert torch.equal(corrupt(constant, kind).pixels, constant.pixels)
+    expected = scipy.ndimage.gaussian_filter(x.numpy(), (0, 0, 1, 1), mode="nearest", truncate=3)
+    np.testing.assert_allclose(made["blurred"].numpy(), expected, atol=0.51)
+    assert (made["noisy"] - x).std().item() == pytest.approx(10, rel=0.02)
+    contrast = made["faded"].flatten(1).std(1) / x.flatten(1).std(1)
+    torch.testing.assert_close(contrast, torch.full_like(contrast, 0.5), atol=0.01, rtol=0)
+    torch.testing.assert_close(made["faded"].mean((1, 2, 3)), x.mean((1, 2, 3)), atol=0.5, rtol=0)
+    own, pasted = (made["patched"] == x).all(1), (made["patched"] == x.roll(-1, 0)).all(1)
+    h, w = shape[1:]
+    assert (own | pasted).all() and ((~own).sum((1, 2)) <= (h // 2) * (w // 2)).all()
+    assert pasted.sum((1, 2)).double().mean().item() == pytest.approx((h // 2) * (w // 2), rel=0.05)
+    assert len({tuple(torch.nonzero(~one)[0].tolist()) for one in own}) > 30  # in many places
 
 
 def test_sprites_are_deterministic_fast_and_of_the_asked_dimension():

@@ -37,6 +37,24 @@ def test_gray_images_have_no_colour_energy():
     assert energies[:, 0].min() > math.log(1e-3)
 
 
+def test_region_log_energies_are_quantiles_over_blocks():
+    blocks = torch.from_numpy(np.random.default_rng(0).permutation(63)).float().add(1).reshape(1, 1, 7, 9)
+    x = blocks.sqrt().repeat_interleave(4, 2).repeat_interleave(4, 3)[:, :, :26]  # the last row of blocks is cut
+    expected = (torch.quantile(torch.arange(1.0, 64), torch.tensor([0, 0.5, 1])) + scores.QUANTISATION).log()
+    torch.testing.assert_close(scores.region_log_energies(x)[0, [0, 3, 6]], expected, rtol=1e-5, atol=1e-5)
+    gray = scores.region_log_energies(x.expand(2, 3, -1, -1)).unflatten(1, (3, 7))
+    torch.testing.assert_close(gray[:, 0], scores.region_log_energies(x).expand(2, -1) + math.log(3))
+    assert gray[:, 1:].max() < math.log(scores.QUANTISATION) + 1e-3
+
+
+def test_high_pass_keeps_white_noise_and_no_ramp():
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((50, 3, 40, 30))).float()
+    inner = scores.high_pass(noise)[:, :, 1:-1, 1:-1]
+    assert inner.var().item() == pytest.approx(1, abs=0.03) and abs(inner.mean().item()) < 0.01
+    ramp = torch.arange(12.0)[:, None] + 3 * torch.arange(9)
+    assert scores.high_pass(ramp.expand(1, 2, -1, -1))[:, :, 1:-1, 1:-1].abs().max() < 1e-4
+
+
 def test_gaussian_is_the_mahalanobis_distance():
     rng = np.random.default_rng(0)
     x, y = (rng.standard_normal((n, 4)) @ rng.standard_normal((4, 4)) + 3 for n in (50_000, 7))
@@ -157,7 +175,7 @@ def test_every_score_takes_any_images():
 
 def test_features_do_not_depend_on_the_batches(monkeypatch):
     model, images = VAE((1, 8, 8), 0.1, 3, 0.1).eval(), random_images(30, (1, 8, 8))
-    names = ("mu", "path", "residual_spectrum", "image_spectrum", "regret")
+    names = ("mu", "path", "residual_spectrum", "residual_fine", "image_spectrum", "image_regions", "regret")
     whole = Features(model, images, None)
     expected = [whole[name] for name in names]
     monkeypatch.setattr(scores, "chunk_size", lambda model: 7)
@@ -167,14 +185,15 @@ def test_features_do_not_depend_on_the_batches(monkeypatch):
 
 
 def test_default_hears_what_one_component_says():
-    """An outlier in the residual alone, or in the latents alone, scores above nearly every inlier."""
+    """An outlier in the residual's spectrum, its regions or the latents alone scores above nearly every inlier."""
     rng = np.random.default_rng(0)
 
     def features(n, **shifts):
-        sizes = {"residual_spectrum": 9, "image_spectrum": 9, "path": 3, "mu": 5, "log_sigma": 5}
+        sizes = {"residual_spectrum": 9, "residual_regions": 7, "residual_fine": 7, "image_spectrum": 9,
+                 "image_regions": 7, "path": 3, "mu": 5, "log_sigma": 5}
         return {name: rng.standard_normal((n, size)) + shifts.get(name, 0) for name, size in sizes.items()}
 
     score = SCORES["default"](features(4000))
     inliers = score(features(2000))
-    for name in ("residual_spectrum", "mu"):
+    for name in ("residual_spectrum", "residual_fine", "mu"):
         assert (score(features(200, **{name: 3.0})) > np.quantile(inliers, 0.99)).mean() > 0.95

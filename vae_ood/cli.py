@@ -43,7 +43,8 @@ def add_evaluation_arguments(parser):
     """The flags of an evaluation, the same in run.py and eval.py."""
     group = parser.add_argument_group("evaluation")
     group.add_argument("--outliers", nargs="+", metavar="NAME|PATH", help="outlier sets: data set names, noise, "
-                       "constant, two_blobs, discs, cut_out, or paths (default: the paper's for the data set)")
+                       "constant, two_blobs, discs, cut_out, the test images blurred, noisy, faded or patched, or "
+                       "paths (default: the paper's for the data set)")
     group.add_argument("--scores", nargs="+", metavar="NAME",
                        help="outlier scores (default: all but regret; with --score: default)")
     group.add_argument("--iw-samples", type=positive_int, default=16, metavar="K",

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from vae_ood import UserError
 
-SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR, REGRET = range(6)  # streams of random numbers
+SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR, REGRET, CORRUPTION = range(7)  # streams of random numbers
 PAIRS = {  # the outlier sets of a data set, the paper's where it has some
     "sprites": ("two_blobs", "discs", "cut_out", "noise", "constant"), "fashionmnist": ("mnist",),
     "mnist": ("fashionmnist",), "cifar10": ("svhn", "celeba"), "svhn": ("cifar10",), "celeba": ("cifar10", "svhn")}
@@ -75,11 +75,13 @@ def default_root():
 
 
 def load(data, split, root=None, shape=None, factors=4, skip_bad=False):
-    """Load `data`, a name in DATASETS, SPRITES or SYNTHETIC or a path to own images, as `Images`.
+    """Load `data`, a name in DATASETS, SPRITES or SYNTHETIC or a path to own images, as `Images`; `corrupt` makes
+    CORRUPTIONS.
 
     split: "train", "test", or "all" of own images (of a named set: its test part). shape: (C, H, W) to convert to,
-    needed by SYNTHETIC, the sets made up to fit the inliers. factors: the intrinsic dimension of the sprites.
-    skip_bad: leave undecodable pictures out instead of refusing them. Raises UserError for whatever cannot be read.
+    needed by SYNTHETIC, the sets made up to fit the inliers; smaller images of (Fashion)MNIST are padded with
+    their black, others resized. factors: the intrinsic dimension of the sprites. skip_bad: leave undecodable pictures
+    out instead of refusing them. Raises UserError for whatever cannot be read.
     """
     root = Path(root) if root else default_root()
     names = [*DATASETS, *SPRITES, *SYNTHETIC]
@@ -96,7 +98,13 @@ def load(data, split, root=None, shape=None, factors=4, skip_bad=False):
     elif Path(data).exists():
         images = own_images(Path(data), split, shape, skip_bad)
     else:
-        raise UserError(f"unknown data '{data}': it is neither a path that exists nor one of {', '.join(names)}")
+        raise UserError(f"unknown data '{data}': it is neither a path that exists nor one of "
+                        f"{', '.join([*names, *(CORRUPTIONS if shape else ())])}")
+    if shape and DATASETS.get(data) is _idx:
+        rows, columns = (max(0, size - own) for size, own in zip(shape[1:], images.pixels.shape[2:], strict=True))
+        if rows or columns:
+            images.notes.append(f"padded from {'x'.join(map(str, images.pixels.shape[1:]))}")
+            images.pixels = F.pad(images.pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
     if shape and tuple(images.pixels.shape[1:]) != tuple(shape):
         images.notes.append(f"converted from {'x'.join(map(str, images.pixels.shape[1:]))}")
         images.pixels = convert(images.pixels, shape)
@@ -415,6 +423,31 @@ def _pixels(array, path):
 
 SPRITES = ("sprites", "two_blobs", "discs", "cut_out")
 SYNTHETIC = ("noise", "constant")
+CORRUPTIONS = ("blurred", "noisy", "faded", "patched")
+
+
+def corrupt(images, kind):
+    """`images` spoilt in one way: blurred (by a Gaussian of one pixel), noisy (normal noise of 10 gray levels), faded
+    (half the contrast around its mean) or patched (a square of half its sides, cut out of the next image at the same
+    random place)."""
+    n, _, h, w = images.pixels.shape
+    rng, x = generator(0, CORRUPTION, CORRUPTIONS.index(kind)), images.pixels.float()
+    if kind == "blurred":
+        for axis, size in ((2, h), (3, w)):  # a matrix along each axis, the outermost pixels repeated
+            matrix, weights = torch.zeros(size, size), torch.exp(-0.5 * torch.arange(-3, 4) ** 2)
+            for step, weight in zip(range(-3, 4), weights / weights.sum(), strict=True):
+                matrix[torch.arange(size), (torch.arange(size) + step).clamp(0, size - 1)] += weight
+            x = torch.tensordot(x, matrix, ([axis], [1])).movedim(-1, axis)
+    elif kind == "noisy":
+        x = x + 10 * torch.from_numpy(rng.standard_normal(x.shape, np.float32))
+    elif kind == "faded":
+        x = (x + x.mean((1, 2, 3), keepdim=True)) / 2
+    else:
+        top, left = (torch.from_numpy(rng.integers(0, size - size // 2 + 1, (n, 1))) for size in (h, w))
+        rows, columns = (((start <= torch.arange(size)) & (torch.arange(size) < start + size // 2))
+                         for start, size in ((top, h), (left, w)))
+        x = torch.where((rows[:, :, None] & columns[:, None])[:, None], x.roll(-1, 0), x)
+    return replace(images, name=kind, pixels=x.round().clamp(0, 255).byte())
 
 
 def sprites(split, factors=4, kind="sprites"):
