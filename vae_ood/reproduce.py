@@ -53,7 +53,7 @@ PAPER = {  # tables 1 and 2 in the paper's convention: {column: {set: bpd}, "gam
         (2.602, 2.598, 2.406, 3.106, 0.0082), (2.275, 2.272, 2.579, 3.965, 0.0051),
         (1.981, 1.978, 2.890, 5.053, 0.0035), (1.728, 1.726, 3.367, 6.424, 0.0024))], strict=True)),
 }
-SHAPES = {"fashionmnist": (1, 28, 28), "cifar10": (3, 32, 32), "celeba": (3, 32, 32)}
+SHAPES = {"sprites": (1, 32, 32), "fashionmnist": (1, 28, 28), "cifar10": (3, 32, 32), "celeba": (3, 32, 32)}
 STEPS = {"paper": 200_000, "fast": 10_000}  # of a column, where neither --iters nor --budget says
 COMPUTE_STEPS = {"paper": (2_500, 10_000, 40_000, 200_000), "fast": (2_500, 10_000, 40_000)}
 ARMS = {"paper": (1, ("learn", "fixed")), "fast": (0.5, ("optimal", "fixed", "homotopy"))}  # alpha, gammas
