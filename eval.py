@@ -211,7 +211,7 @@ def score_images(model, config, args, out):
     flagged = p <= args.fpr
     if plots.available():
         plots.outliers(out / "outliers.png", own.pixels.numpy(), p, scores[args.scores[0]],
-                       f"{own.name}: {args.scores[0]}, calibrated on {n:,} images")
+                       f"{Path(own.name).name}: {args.scores[0]}, calibrated on {n:,} images")
     else:
         print("no figure: pip install matplotlib")
     names = own.files or range(len(p))

@@ -8,12 +8,14 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +113,31 @@ def test_score_own_images(tiny_run, command, tmp_path):
     command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path / "mine.npy", "--out", tmp_path / "s")
     flags = [(r["index"], r["outlier"]) for r in rows(tmp_path / "s" / "scores.csv")]
     assert flags == [(str(i), "1") for i in range(5)]
+
+
+def test_the_readme_s_commands_for_own_images(tiny_run, tmp_path):
+    section = (ROOT / "README.md").read_text().split("## Flag outliers in your own images")[1].split("\n## ")[0]
+    script = "\n".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL))
+    assert "--out runs/photos" in script
+    script = script.replace("--out runs/photos", "--iters 30 --alpha 0.1 --no-eval --out runs/photos")  # not 10,000
+    for name in ("run.py", "eval.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(tiny_run[0], tmp_path / "runs/sprites_a0.25_k16_s0")
+    for folder, kinds, n in (("photos", ("sprites",), 300), ("new_photos", ("sprites", "noise"), 20)):
+        (tmp_path / folder).mkdir()
+        for kind in kinds:
+            for i, image in enumerate(load(kind, "train", shape=(1, 16, 16)).pixels[-n:, 0].numpy()):
+                Image.fromarray(image).save(tmp_path / folder / f"{kind}{i:03d}.png")
+    result = subprocess.run(["sh", "-ec", script], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={
+        **os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    photos = rows(tmp_path / "runs/photos/score-new_photos/scores.csv")
+    assert len(photos) == 40 and {row["outlier"] for row in photos if row["file"].startswith("noise")} == {"1"}
+    new = rows(tmp_path / "runs/sprites_a0.25_k16_s0/score-new/scores.csv")
+    flagged = [int(row["outlier"]) for row in new]
+    assert len(new) == 530 and sum(flagged[:500]) <= 18 and sum(flagged[510:520]) >= 9  # 1%, and the discs
+    for folder in ("photos/score-new_photos", "sprites_a0.25_k16_s0/score-new"):
+        assert np.asarray(Image.open(tmp_path / "runs" / folder / "outliers.png")).std() > 5
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2])
