@@ -202,7 +202,10 @@ def score_images(model, config, args, out):
         print(f"{own.name}: {note}")
     if Path(args.score).resolve() == Path(config["data"]):
         print("note: the model was trained on these images; the false-alarm rate holds for new ones only")
-    train = measure(model, config, load_inliers(config, "train", args), args, "train")
+    fitted = load_inliers(config, "train", args)
+    print(f"fitting {args.scores[0]} to {len(fitted.pixels):,} training images, calibrating on {n:,} test images",
+          flush=True)
+    train = measure(model, config, fitted, args, "train")
     calibration = measure(model, config, test, args, "calibration")
     features = measure(model, config, own, args, "score", first=n)  # its own noise: exchangeable with calibration's
     scorers = {name: SCORES[name](train) for name in args.scores}
