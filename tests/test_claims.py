@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +41,7 @@ def test_a_changed_number_changes_the_page_and_its_verdict(tmp_path):
 @pytest.mark.parametrize(("held", "expected"), [
     ([True, True], "reproduced"), ([True, False, None], "in part: 1 held, 1 NOT held, 1 not reached of its checks"),
     ([True, None], "in part: 1 held, 1 not reached of its checks"), ([False], "not reproduced"), ([], "not reached"),
+    ([False, None], "not reproduced: 1 NOT held, 1 not reached of its checks"),
     ([None, None], "not reached")])
 def test_verdicts(held, expected):
     assert claims.verdict(held) == expected
@@ -65,3 +67,30 @@ def test_the_tables_of_cifar10_follow_from_the_kept_runs(tmp_path, monkeypatch, 
     assert set(ours) == set(kept)
     for key in set(kept) - {"command"}:
         assert ours[key] == kept[key]
+
+
+@pytest.mark.parametrize("target", ["table1", "fig4", "homotopy"])
+def test_the_other_verdicts_follow_from_the_kept_figures(tmp_path, monkeypatch, target):
+    kept = json.loads((RESULTS / "reproduce" / f"{target}.json").read_text())
+
+    def one(run, args):
+        return next(m for m in kept["arms"][run.gamma] if m["seed"] == run.seed)
+
+    def read_log(run, args):
+        log = one(run, args)["log"]
+        return [dict(zip(log, line, strict=True)) for line in zip(*log.values(), strict=True)]
+
+    if target == "homotopy":
+        (tmp_path / f"{kept['data']}_a0.5_k64_fast_{kept['learned']}_").mkdir()
+        monkeypatch.setattr(reproduce, "plan", lambda columns, args: [
+            [replace(run, seed=m["seed"]) for m in kept["arms"][run.gamma]] for run in columns])
+        monkeypatch.setattr(reproduce, "attempt", one)
+        monkeypatch.setattr(reproduce, "read_log", read_log)
+    else:
+        monkeypatch.setattr(reproduce, "run_columns", lambda columns, args: list(
+            zip(columns, (column["runs"] for column in kept["columns"]), strict=True)))
+    monkeypatch.setattr("sys.argv", ["reproduce", target, "--runs", str(tmp_path), "--out", str(tmp_path)])
+    monkeypatch.setattr(reproduce, "figure", lambda *arguments: None)
+    reproduce.main()
+    ours = json.loads((tmp_path / f"{target}.json").read_text())
+    assert {key: ours[key] for key in ours if key != "command"} == {key: kept[key] for key in kept if key != "command"}

@@ -346,16 +346,18 @@ def gap(m, one, other="test"):
 
 
 def falls(table):
-    """The claim that gamma does not rise from a column to the next, beyond the noise: twice the standard deviation of
-    a difference of two columns' means, from the deviation between seeds, pooled over the columns."""
+    """The claim that gamma does not rise from a column to the next, each of which must have been run, beyond the noise:
+    twice the standard deviation of a difference of two columns' means, from the deviation between seeds, pooled over
+    the columns."""
     columns = [[m["gamma"] for m in results] for _, results in table if results]
     means = [statistics.mean(values) for values in columns]
     rises = [b - a for a, b in pairwise(means)]
     spreads = [statistics.variance(values) for values in columns if len(values) > 1]
     noise = 2 * math.sqrt(2 * statistics.mean(spreads) / min(map(len, columns))) if spreads else 0
     what = f"noise {noise:.1e}" if spreads else "one seed: the noise is not known, and taken to be 0"
+    held = all(rise <= noise for rise in rises)
     return ("gamma does not rise from a column to the next, beyond the noise between seeds",
-            all(rise <= noise for rise in rises) if rises else None,
+            None if not rises or (held and len(columns) < len(table)) else held,
             ", ".join(f"{v:.5f}" for v in means) + f" ({what})")
 
 
@@ -588,6 +590,9 @@ def homotopy(args):
                              for digits, value in values), str(len(seeds))])
     pairs = [(m, arms["fixed"][seed]) for seed, m in arms[names[0]].items() if seed in arms["fixed"]]
 
+    def early(*arms):
+        return list(zip(*(m["log"]["grad_z_norm"][:2] for m in arms), strict=True))
+
     def claim(text, holds, figures):
         return (f"{text}, in every seed", all(holds(*pair) for pair in pairs) if pairs else None,
                 ", ".join(figures(*pair) for pair in pairs))
@@ -598,12 +603,12 @@ def homotopy(args):
               lambda a, b: f"{a['error']['train']:.2f} and {b['error']['train']:.2f}"),
         claim("the MMD is lower where gamma is learned", lambda a, b: a["mmd"] < b["mmd"],
               lambda a, b: f"{1e3 * a['mmd']:.2f} and {1e3 * b['mmd']:.2f}"),
-        claim("fixed, the gradient starts at more than twice its last value",
-              lambda a, b: b["gradient"]["first"] > 2 * b["gradient"]["last"],
-              lambda a, b: f"{b['gradient']['first']:.0f} to {b['gradient']['last']:.0f}"),
+        claim("the gradient, fixed, is more than twice the learned one's at steps 1 and 50",
+              lambda a, b: all(fixed > 2 * learned for learned, fixed in early(a, b)),
+              lambda a, b: " then ".join(f"{learned:.1f} and {fixed:.1f}" for learned, fixed in early(a, b))),
         claim("learned, the gradient starts below its last value",
               lambda a, b: a["gradient"]["first"] < a["gradient"]["last"],
-              lambda a, b: f"{a['gradient']['first']:.0f} to {a['gradient']['last']:.0f}"),
+              lambda a, b: f"{a['gradient']['first']:.1f} to {a['gradient']['last']:.0f}"),
         claim("the last gradients, learned and fixed, are within 25%",
               lambda a, b: abs(b["gradient"]["last"] / a["gradient"]["last"] - 1) < 0.25,
               lambda a, b: f"{a['gradient']['last']:.0f} and {b['gradient']['last']:.0f}")]
@@ -657,6 +662,9 @@ def select(args):
             "images": [train["n"], test["n"]], "command": m["command"], "detection": m["detection"]})
     choices = {}
     for iters, rows in groups.items():
+        if [row["alpha"] for row in rows] != list(ALPHAS[:len(rows)]):
+            lines.append(f"{iters:,} steps: not judged, a smaller alpha was not run.")
+            continue
         kept = list(takewhile(lambda row: not row["significant"], rows))
         choices[iters] = chosen = kept[-1]["alpha"] if kept else None
         found = len(kept) < len(rows)
@@ -667,17 +675,20 @@ def select(args):
                        ", ".join(f"{row['alpha']:g}: z = {row['z']:.1f}" for row in rows)))
         for name in names:
             auroc = {row["alpha"]: row["detection"][name]["auroc"] for row in rows}
-            best = chosen is not None and auroc[chosen] == max(auroc.values()) and auroc[chosen] > 0.5
-            claims.append((f"at {iters:,} steps the alpha chosen has the highest {name} AUROC, and one above 0.5",
-                           best if found else None, ", ".join(f"{k:g}: {v:.4f}" for k, v in auroc.items())))
+            high, low = ({row["alpha"]: row["detection"][name]["auroc_ci95"][end] for row in rows} for end in (1, 0))
+            best = found and chosen is not None and high[chosen] >= max(low.values()) and auroc[chosen] > 0.5
+            claims.append((f"at {iters:,} steps the alpha chosen has the highest {name} AUROC that was run, within the "
+                           "intervals over images, and one above 0.5", best if found and chosen is not None else None,
+                           ", ".join(f"{k:g}: {v:.4f}" for k, v in auroc.items())))
     cells = [[f"{iters:,}", f"{row['alpha']:g}", f"{row['gap_bpd']:+.4f}", f"{row['z']:.1f}",
               "yes" if row["significant"] else "no", *(f"{row['detection'][name]['auroc']:.4f}" for name in names)]
              for iters, rows in groups.items() for row in rows]
     save("select", "Choosing the capacity without outliers (section 3.2): CIFAR-10, kappa = 32",
          {"chosen_alpha": choices, "rows": groups, "not_run": [[run.alpha, run.iters] for run, r in table if not r]},
-         ["Raise alpha until the test NLL is significantly above the training NLL, and stop before: Welch's z above "
-          f"{GAP_Z} (one-sided 0.1%) over images, seed 0. AUROC, looked at afterwards, is of the NLL; outliers are the "
-          "positive class.", "", *lines, "",
+         ["Raise alpha until the test NLL is significantly above the training NLL, and stop before. Significant is our "
+          f"reading: Welch's z above {GAP_Z} (one-sided 0.1%) over images, seed 0. Steps are judged where every alpha "
+          "up to the largest that was run for them is there. AUROC, looked at afterwards, is of the NLL; outliers are "
+          "the positive class.", "", *lines, "",
           *markdown(["steps", "alpha", "gap (bpd)", "z", "significant", *(f"{name} AUROC" for name in names)], cells),
           "", not_run(table)], claims, reached, args)
 
@@ -731,11 +742,21 @@ def compute(args):
     for iters in sorted({r[0]["iters"] for r in reached}):
         at = [r for r in reached if r[0]["iters"] == iters]
         if len(at) > 1:
-            for name, sign, word in (("SVHN minus test (bpd)", 1, "rises"), ("gamma", -1, "falls")):
+            for name, sign, word in (("SVHN minus test (bpd)", 1, "rises"), ("gamma", -1, "falls"),
+                                     ("test bpd", -1, "falls")):
                 values = [mean(r, quantities[name]) for r in at]
+                held = all(sign * (b - a) > 0 for a, b in pairwise(values))
+                early = name != "gamma" and iters < STEPS["paper"]  # what the paper has after its own steps alone
                 claims.append((f"{name} {word} from each alpha to the next at {iters:,} steps",
-                               all(sign * (b - a) > 0 for a, b in pairwise(values)), ", ".join(
-                                   f"{r[0]['alpha']:g}: {value:.4g}" for r, value in zip(at, values, strict=True))))
+                               (None if early else False) if not held else True if len(at) == len(ALPHAS) else None,
+                               ", ".join(f"{r[0]['alpha']:g}: {value:.4g}"
+                                         for r, value in zip(at, values, strict=True))))
+    longer = {alpha: [y for _, y in curve]
+              for alpha, curve in curves["SVHN minus test (bpd)"].items() if len(curve) > 1}
+    claims.append(("the crossing comes nearer: SVHN minus test (bpd) rises with the steps at each alpha",
+                   all(low < high for values in longer.values() for low, high in pairwise(values)) if longer else None,
+                   "; ".join(f"{alpha:g}: {', '.join(f'{y:.4g}' for y in values)}"
+                             for alpha, values in longer.items())))
     found = {name: {alpha: crossings(curve) for alpha, curve in curves[name].items() if crossings(curve)}
              for name in ("SVHN minus test (bpd)", "CelebA minus test (bpd)")}
     theirs = {"test bpd": lambda column: column["test"] + 4, "gamma": lambda column: column["gamma"],
@@ -746,8 +767,9 @@ def compute(args):
          {"runs": [m for r in reached for m in r], "crossings_flops": found,
           "not_run": [[run.alpha, run.iters] for run, results in table if not results]},
          ["FLOPs: of the whole training, twice the multiplications, the backward counted as two forward passes; the "
-          f"paper's 200,000 steps at alpha = 4 are {whole[4]:.2e}. bpd: of 8-bit data, from the negative ELBO. "
-          f"Outliers are the positive class. ±: {INTERVAL}.", "",
+          f"paper's 200,000 steps at alpha = 4 are {whole[4]:.2e}, with the batch of 64 and the layers of this "
+          "repository. bpd: of 8-bit data, from the negative ELBO. What the paper has after 200,000 steps and fails "
+          f"before them is not reached. Outliers are the positive class. ±: {INTERVAL}.", "",
           *markdown(["alpha", "steps", "FLOPs", *quantities, "seeds"], rows), "",
           not_run(table)], claims, [m for r in reached for m in r], args)
 
