@@ -429,7 +429,7 @@ def name_axis(axes, label, values):
     axes.set(xscale="log", xlabel=label)
     axes.set_xticks(list(values), [f"{value:g}" for value in values], minor=False)
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=1 + (len(axes.get_lines()) > 4))
 
 
 def draw_table(name, axis, label, table, sets, args):
@@ -787,7 +787,8 @@ def compute(args):
             level = 0.5 if "AUROC" in name else 0 if "minus" in name else None
             if level is not None:
                 one.axhline(level, color="gray", linestyle=":")
-            one.set(xscale="log", xlabel="training FLOPs", ylabel=name, xlim=(1e12, 2 * whole[ALPHAS[-1]]))
+            one.set(xscale="log", xlabel="training FLOPs", ylabel=name, xlim=(1e12, 2 * whole[ALPHAS[-1]]),
+                    **({"ylim": (0, 1)} if "AUROC" in name else {}))
         axes.flat[0].plot([], [], "kx", label="the paper")
         axes.flat[0].legend(frameon=False)
 
