@@ -94,9 +94,9 @@ def p3(numbers):
 def p7(numbers):
     """(ours, the paper's) of learning gamma as a homotopy."""
     arms, mean = {name: runs for name, runs in numbers["arms"].items() if runs}, statistics.mean
-    ours = [f"{name}: error {mean(run['error']['train'] for run in runs):.2f}, MMD "
-            f"{1e3 * mean(run['mmd'] for run in runs):.2f}e-3, gradient "
-            f"{mean(run['gradient']['first'] for run in runs):.0f} at first, "
+    ours = [f"{name}{' (learned, in the checks)' * (name == numbers['learned'])}: error "
+            f"{mean(run['error']['train'] for run in runs):.2f}, MMD {1e3 * mean(run['mmd'] for run in runs):.2f}e-3, "
+            f"gradient {mean(run['gradient']['first'] for run in runs):.0f} at first, "
             f"{mean(run['gradient']['last'] for run in runs):.0f} at last" for name, runs in arms.items()]
     paper = [f"{name}: error {row['error']}, MMD {row['mmd']}" for name, row in PAPER["homotopy"].items()]
     runs = list(arms.values())

@@ -529,7 +529,9 @@ def fig4(args):
         both = low in drops and high in drops and max(drops[low], drops[high]) >= LEAST_CUT_OFF
         claims.append((f"the cut-off at kappa = {KAPPAS[-1]} is sharper at alpha = {high:g} than at {low:g}",
                        drops[high] > drops[low] if both else None,
-                       ", ".join(f"{alpha:g}: {drops[alpha]:.2f}-fold" for alpha in (low, high) if alpha in drops)))
+                       ", ".join(f"{alpha:g}: {drops[alpha]:.2f}-fold" for alpha in (low, high) if alpha in drops)
+                       + ("; neither is a cut-off to compare" if not both and len(drops.keys() & {low, high}) == 2
+                          else "")))
     save("fig4", "Figure 4: the mean KL of each latent dimension, FashionMNIST training images",
          {"columns": [{"alpha": run.alpha, "kappa": run.kappa, "runs": results} for run, results in table]},
          [f"Active: above {ACTIVE_NATS} nats. Cut-off: the ratio of the last active dimension's KL to the first "
@@ -543,7 +545,7 @@ def fig4(args):
             for kappa in KAPPAS:
                 if (alpha, kappa) in columns:
                     kl = columns[alpha, kappa][0]["kl_per_dim"]
-                    one.loglog(np.arange(1, kappa + 1), np.maximum(kl, 1e-6), label=f"$\\kappa$ = {kappa}")
+                    one.semilogy(np.arange(1, kappa + 1), np.maximum(kl, 1e-6), label=f"$\\kappa$ = {kappa}")
             one.axhline(ACTIVE_NATS, color="gray", linestyle=":")
             one.set(xlabel="latent dimension, sorted", ylabel="mean KL (nats)", title=f"$\\alpha$ = {alpha:g}")
             one.legend(frameon=False)
@@ -632,8 +634,8 @@ def homotopy(args):
         for i, (name, seeds) in enumerate(arms.items()):
             for j, m in enumerate(seeds.values()):
                 for one, key in zip(axes.flat, ("grad_z_norm", "mse"), strict=True):
-                    one.loglog(m["log"]["step"], m["log"][key], color=f"C{i}", linewidth=1, alpha=0.7,
-                               label=None if j else name)
+                    one.loglog(m["log"]["step"], m["log"][key], ".-", color=f"C{i}", markersize=3, linewidth=1,
+                               alpha=0.7, label=None if j else name)
         for one, title in zip(axes.flat, (r"mean $\|dL/dz\|$ of a batch (nats)", "MSE of a batch"), strict=True):
             one.set(xlabel="training step", ylabel=title)
             one.legend(frameon=False, title="$\\gamma$")
