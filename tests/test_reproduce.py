@@ -338,7 +338,8 @@ def test_a_run_that_fails_is_left_out_and_named_at_the_end(commands, monkeypatch
 
 
 def test_an_interruption_is_one_however_the_command_ends(tmp_path):
-    script = ("import sys; from vae_ood import reproduce\n"
+    script = ("import signal, sys; from vae_ood import reproduce\n"
+              "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job of a shell ignores it
               "try: reproduce.execute(['-c', 'import time; print(1, flush=True); time.sleep(60)'], None)\n"
               "except KeyboardInterrupt as stop: sys.exit(f'stopped: {stop}')")
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
