@@ -93,8 +93,8 @@ class Run:
         gamma = ["--gamma", f"{self.gamma_star:.6g}" if self.gamma == "fixed" else self.gamma] if self.gamma else []
         return ["run.py", "--data", self.data, "--alpha", f"{self.alpha:g}", "--kappa", str(self.kappa), "--recipe",
                 self.recipe, *gamma, "--iters", str(self.iters), "--seed", str(self.seed), "--iw-samples",
-                str(IW_SAMPLES), "--max-images", str(IMAGES), "--outliers", *PAIRS[self.data], "--resume", "--out",
-                str(Path(runs, self.folder))]
+                str(IW_SAMPLES), "--max-images", str(IMAGES), "--scores", "nll", "--outliers", *PAIRS[self.data],
+                "--resume", "--out", str(Path(runs, self.folder))]
 
 
 def end_with_parent():
