@@ -52,6 +52,7 @@ from vae_ood.model import VAE
 from vae_ood.scores import CONTROLS, SCORES, Features
 
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
+FIT_IMAGES = 30_000  # and scores are fitted to so many
 MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of the prior
 CPU_FLOPS = 1e13  # the most that decoding 10,000 images may take on a CPU (some two minutes on two cores)
 
@@ -84,7 +85,7 @@ def load_inliers(config, split, args):
     if list(images.pixels.shape[1:]) != config["shape"]:
         raise UserError(f"the {split} images of {config['data']} are {list(images.pixels.shape[1:])}, the model is for "
                         f"{config['shape']}: make them equal")
-    return images.first(args.max_images or (TRAIN_IMAGES if split == "train" else None))
+    return images.first(args.max_images or (FIT_IMAGES if split == "train" else None))
 
 
 def load_others(config, data, args):
@@ -132,16 +133,20 @@ def write_csv(path, header, rows):
 
 
 def evaluate_outliers(model, config, sets, args, out):
-    """Evaluate `sets` ({'train', 'test', outliers...: Images}), print the tables and write the files to `out`."""
-    d = math.prod(config["shape"])
+    """Evaluate `sets` ({'train', 'test', outliers...: Images}), print the tables and write the files to `out`. Scores
+    are fitted to all of 'train', of which TRAIN_IMAGES are evaluated where --max-images does not say."""
+    d, fitted = math.prod(config["shape"]), sets["train"].pixels
+    sets = sets | {"train": sets["train"].first(args.max_images or TRAIN_IMAGES)}
     features = {name: measure(model, config, images, args, name) for name, images in sets.items()}
     measured = {name: f.likelihoods() for name, f in features.items()}
+    fitted = Features(model, fitted, features["train"].likelihoods)
     kl, active, cut, ratio = latent_spectrum(measured["train"]["kl_per_dim"])
     z = measured["train"]["z"][:MMD_IMAGES]
     prior = generator(config["seed"], PRIOR).standard_normal(z.shape)
     metrics = {"config": config, "gamma": model.log_gamma.exp().item(), "active_dims": active, "kappa": config["kappa"],
                "iw_samples": args.iw_samples, "kl_per_dim": kl.tolist(), "spectrum_cut": cut, "spectrum_ratio": ratio,
-               "mmd": mmd(z, prior) if len(z) > 1 else None, "mmd_images": len(z), "sets": {}, "scores": {}}
+               "mmd": mmd(z, prior) if len(z) > 1 else None, "mmd_images": len(z),
+               "fit_images": len(fitted.images), "sets": {}, "scores": {}}
     print(f"\n{'set':<14}{'images':>8}{'bpd':>9}{'bpd_iw':>9}{'nll':>11}{'nll_iw':>11}{'mse':>10}{'kl':>9}"
           f"     bpd: bits per dimension, nll and kl: nats, iw: K = {args.iw_samples}")
     for name, likelihoods in measured.items():
@@ -156,10 +161,11 @@ def evaluate_outliers(model, config, sets, args, out):
                                          (mse, 10, 6), (kl_mean, 9, 2))) + "  " + "; ".join(sets[name].notes))
     outliers = [name for name in sets if name not in ("train", "test")]
     print(f"\n{'AUROC, FPR95':<27}" + "".join(f"{name[:15]:>17}" for name in outliers) +
-          "     outliers are the positive class; a larger score is more outlying")
+          f"     outliers are the positive class; a larger score is more outlying; fitted to {len(fitted.images):,} "
+          "training images")
     scores = {}
     for score in args.scores:
-        scorer = SCORES[score](features["train"])
+        scorer = SCORES[score](fitted)
         scores[score] = {name: scorer(f) for name, f in features.items()}
         rows = metrics["scores"][score] = {
             name: detection(scores[score]["test"], scores[score][name]) for name in outliers}

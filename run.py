@@ -326,7 +326,7 @@ def main(args):
     if not args.no_eval:  # before the training, so that a missing file is not found out after it
         config = vars(args) | {"shape": list(images.pixels.shape[1:])}
         evaluation.limit_images(args, config["shape"], args.alpha, args.kappa, device)
-        sets = {"train": images.first(args.max_images or evaluation.TRAIN_IMAGES),
+        sets = {"train": images.first(args.max_images or evaluation.FIT_IMAGES),
                 "test": evaluation.load_inliers(config, "test", args)} | evaluation.load_outliers(config, args)
     for note in images.notes:
         print(f"train: {note}")

@@ -57,6 +57,7 @@ def test_what_is_measured_and_that_it_is_not_measured_twice(tmp_path, monkeypatc
     assert list(numbers["scores"]["default"]) == list(detection.OUTLIERS["cifar10"])
     assert list(numbers["scores"]["regret"]) == ["svhn", "celeba"]
     assert [command.split()[1] for command in numbers["commands"]] == ["run.py", "eval.py", "eval.py"]
+    assert numbers["fit_images"] == 500
     assert numbers["test_bpd"] == pytest.approx(6.5) and numbers["minutes"] == pytest.approx(10_000 * 0.1 / 60)
     assert str(tmp_path) not in json.dumps(numbers)
     assert detection.measure(run, args) == numbers and len(ran) == 2

@@ -24,7 +24,8 @@ def write_run(folder, test=6.5, outlier=9.0, gamma=0.005, kappa=32, outliers=("m
     nll = {name: (mean + 0.1 * rng.standard_normal(200) - 8) * d * np.log(2) for name, mean in means.items()}
     row = {"n": 200, "bpd_iw": 1.0, "mse": 0.005, "kl": 30.0, "nll_std": 0.1 * d * np.log(2), "notes": []}
     metrics = {"config": {"batch_size": 64}, "gamma": gamma, "active_dims": kappa // 2,
-               "mmd": mmd, "mmd_images": 200, "kl_per_dim": [3.0] * (kappa // 2) + [0.001] * (kappa // 2),
+               "mmd": mmd, "mmd_images": 200, "fit_images": 500,
+               "kl_per_dim": [3.0] * (kappa // 2) + [0.001] * (kappa // 2),
                "sets": {name: row | {"bpd": mean, "nll": float(nll[name].mean())} for name, mean in means.items()},
                "scores": {"nll": {n: {"auroc": 0.95, "auroc_ci95": [0.94, 0.96], "fpr95": 0.2} for n in outliers}}}
     (folder / "metrics.json").write_text(json.dumps(metrics))

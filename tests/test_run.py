@@ -1,5 +1,6 @@
 """The parts of the training loop: batches, schedules, the loss and its gradient."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import eval as evaluation
 import run
 from vae_ood import UserError, checkpoint
 from vae_ood.model import VAE
+from vae_ood.scores import SCORES
 
 SHAPE = (1, 8, 8)
 
@@ -116,3 +118,23 @@ def test_a_large_model_is_evaluated_on_fewer_images_on_a_cpu(alpha, device, limi
     args.max_images = 5
     evaluation.limit_images(args, (3, 32, 32), alpha, 32, torch.device(device))
     assert args.max_images == 5
+
+
+@pytest.mark.parametrize(("limit", "evaluated", "fitted"), [(None, 20, 30), (9, 9, 9)])
+def test_scores_are_fitted_to_more_training_images_than_are_evaluated(tmp_path, monkeypatch, limit, evaluated, fitted):
+    monkeypatch.setattr(evaluation, "TRAIN_IMAGES", 20)
+    monkeypatch.setattr(evaluation, "FIT_IMAGES", 30)
+    seen = []
+    monkeypatch.setitem(evaluation.SCORES, "typicality", lambda train: seen.append(train["mu"]) or SCORES["nll"](train))
+    args = SimpleNamespace(max_images=limit, iw_samples=2, scores=["typicality", "joint"], data_root=None,
+                           skip_bad=False)
+    config = {"data": "sprites", "sprite_factors": 4, "skip_bad": False, "shape": [1, 32, 32], "seed": 0, "kappa": 3,
+              "alpha": 0.05, "dequantize": False}
+    sets = {part: evaluation.load_inliers(config, part, args) for part in ("train", "test")}
+    sets["test"] = sets["noise"] = sets["test"].first(15)
+    model = VAE((1, 32, 32), 0.05, 3).eval().requires_grad_(False)
+    evaluation.evaluate_outliers(model, config, sets, args, tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(seen[0]) == metrics["fit_images"] == fitted and metrics["sets"]["train"]["n"] == evaluated
+    rows = (tmp_path / "scores.csv").read_text().splitlines()
+    assert sum(row.startswith("train,") for row in rows) == evaluated

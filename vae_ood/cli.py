@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ def one_line_errors():
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         print("error: out of memory: choose a smaller --alpha, --kappa or --batch-size, or smaller images",
               file=sys.stderr)
@@ -50,8 +51,8 @@ def add_evaluation_arguments(parser):
     group.add_argument("--iw-samples", type=positive_int, default=16, metavar="K",
                        help="samples of z an image, for every estimate (default 16)")
     group.add_argument("--max-images", type=positive_int, metavar="N",
-                       help="use the first N images of a set (default: 10,000 training images, all others; fewer for "
-                       "a large model on a CPU)")
+                       help="use the first N images of a set (default: 10,000 training images, and 30,000 to fit "
+                       "scores to, all others; fewer for a large model on a CPU)")
     group = parser.add_argument_group("machine")
     group.add_argument("--data-root", metavar="DIR", help="folder of the official files; what is missing is downloaded "
                        "there (default $VAE_OOD_DATA, else ~/.cache/vae_ood)")

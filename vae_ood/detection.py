@@ -16,7 +16,7 @@ from pathlib import Path
 from vae_ood import checkpoint
 from vae_ood.cli import Parser, make_folder, one_line_errors
 from vae_ood.data import CORRUPTIONS, PAIRS
-from vae_ood.reproduce import IMAGES, INTERVAL, IW_SAMPLES, Run, cell, execute, markdown, measured
+from vae_ood.reproduce import INTERVAL, IW_SAMPLES, Run, cell, execute, markdown, measured
 from vae_ood.scores import CONTROLS, SCORES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -38,12 +38,12 @@ PUBLISHED = [("likelihood regret (arXiv 2003.02977)", 0.99, 0.88),
              ("DoSE (arXiv 2006.09273)", 1.00, 0.97), ("likelihood path (arXiv 2401.04933)", 1.00, 0.99)]
 
 
-def evaluation(run, runs, outliers, images, *scores):
+def evaluation(run, runs, outliers, *scores):
     """(the folder of an evaluation, the arguments of python that write it there)."""
     folder = Path(runs, run.folder)
     out = folder / "-".join(["detection", *scores])
     return out, ["eval.py", "--ckpt", str(folder / "ckpt.pt"), "--outliers", *outliers, "--iw-samples", str(IW_SAMPLES),
-                 "--max-images", str(images), *(["--scores", *scores] if scores else []), "--out", str(out)]
+                 *(["--max-images", str(REGRET_IMAGES), "--scores", *scores] if scores else []), "--out", str(out)]
 
 
 def measure(run, args):
@@ -52,7 +52,7 @@ def measure(run, args):
     numbers = {"data": run.data, "alpha": run.alpha, "kappa": run.kappa, "seed": run.seed, "iters": run.iters,
                "commands": [training["command"]], "minutes": training["seconds_at_median_speed"] / 60,
                "test_bpd": training["sets"]["test"]["bpd"], "sets": {}, "scores": {}}
-    for parts in ((OUTLIERS[run.data], IMAGES), (REGRET_OUTLIERS[run.data], REGRET_IMAGES, "regret")):
+    for parts in ((OUTLIERS[run.data],), (REGRET_OUTLIERS[run.data], "regret")):
         out, arguments = evaluation(run, args.runs, *parts)
         if not (out / "metrics.json").exists():
             execute(arguments, args.data_root)
@@ -61,6 +61,7 @@ def measure(run, args):
         numbers["sets"] |= {name: {key: row[key] for key in ("n", "notes")} for name, row in metrics["sets"].items()
                             if name not in numbers["sets"]}
         numbers["scores"] |= metrics["scores"]
+        numbers.setdefault("fit_images", metrics["fit_images"])
     return numbers
 
 
@@ -93,8 +94,8 @@ def section(data, runs):
         f"## Inliers: {data}", "",
         f"alpha = {one['alpha']:g}, kappa = {one['kappa']}, {one['iters']:,} steps "
         f"({cell([run['minutes'] for run in runs], 1)} minutes, at the median speed of two CPU cores); test bpd "
-        f"{cell([run['test_bpd'] for run in runs], 3)}; {len(runs)} seeds. Images: {sets}; `regret`: the first "
-        f"{REGRET_IMAGES:,} of each set.", "",
+        f"{cell([run['test_bpd'] for run in runs], 3)}; {len(runs)} seeds. Images: {sets}; scores fitted to "
+        f"{one['fit_images']:,} training images; `regret`: the first {REGRET_IMAGES:,} of each set.", "",
         *markdown(["outliers", "`default`", "aim", "best control", "best other score"], summary), "",
         "Each cell: AUROC, FPR95.", "", *markdown(["score", *outliers], rows), "",
         "Commands of seed 0:", "", "```", *one["commands"], "```", ""]
