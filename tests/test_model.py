@@ -1,7 +1,8 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vae_ood.model import VAE
+from vae_ood.model import VAE, SubPixel
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 1, 1), (3, 17, 30), (1, 64, 40)])
@@ -46,3 +47,21 @@ def test_extreme_images_keep_finite_likelihoods():
         model.log_sigma.bias.fill_(500)
     mu, log_sigma = model.encode(torch.rand(1, 1, 8, 8))
     assert torch.isfinite(model.decode(mu + log_sigma.exp())).all()
+
+
+@pytest.mark.parametrize(("channels", "size", "output_padding"), [
+    (3, (4, 5), (1, 1)), (1, (3, 7), (0, 1)), (2, (1, 1), (0, 0)), (1, (6, 2), (1, 0))])
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, True), (True, False, False)])
+def test_sub_pixel_convolution_is_the_transposed_one(channels, size, output_padding, needs):
+    torch.manual_seed(0)
+    leaves = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 6, *size), (6, channels, 5, 5), (channels,))]
+    leaves[0] = leaves[0].contiguous(memory_format=torch.channels_last)
+    results = []
+    for function in (lambda h, w, b: SubPixel.apply(h, w, b, output_padding),
+                     lambda h, w, b: F.conv_transpose2d(h, w, b, 2, 2, output_padding)):
+        inputs = [leaf.clone().requires_grad_(need) for leaf, need in zip(leaves, needs, strict=True)]
+        output = function(*inputs)
+        wanted = [one for one in inputs if one.requires_grad]
+        results.append((output, *torch.autograd.grad(output.sin().sum(), wanted)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -1,6 +1,7 @@
 """What run.py and eval.py share on the command line: arguments, one-line errors, progress. Imports no torch."""
 
 import argparse
+import ctypes
 import importlib.util
 import os
 import re
@@ -75,10 +76,22 @@ def positive_float(text):
     return value
 
 
+def keep_freed_memory():
+    """Have glibc keep the memory that tensors free: given back to the system, each of its pages faults again when the
+    next step takes it, which was a fifth of a training step at alpha = 1 and a quarter at 1/4."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
 def pick_device(name):
     """The torch device of --device, made deterministic; UserError where cuda is asked for and there is none."""
     import torch
     torch.backends.cudnn.deterministic = True  # a resumed run repeats an uninterrupted one bit for bit
+    keep_freed_memory()
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)

@@ -12,6 +12,36 @@ from torch import nn
 from vae_ood.data import to_unit
 
 
+class SubPixel(torch.autograd.Function):
+    """conv_transpose2d(h, weight, bias, stride=2, padding=2, output_padding) of a 5x5 kernel, as a 3x3 convolution to
+    one channel for each of the four parities of a pixel's row and column, and a pixel shuffle.
+
+    Few output channels waste a CPU's vector lanes; four times as many make the forward pass 2.2 to 2.8 times faster on
+    the decoder's last layer. The backward pass is the transposed convolution's own, which is the faster one there.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, output_padding):
+        """h [B, I, m, n], weight [I, O, 5, 5], bias [O] -> [B, O, 2m - 1 + output_padding[0], ...]."""
+        ctx.save_for_backward(h, weight)
+        ctx.output_padding = output_padding
+        # Pixel 2m + r takes h[m + j - 1] by the kernel's tap 4 + r - 2j; a sixth one, of zeros, makes them even.
+        taps = F.pad(weight, (0, 1, 0, 1)).flip(2, 3).unflatten(2, (3, 2)).unflatten(4, (3, 2)).flip(3, 5)
+        kernel = taps.permute(1, 3, 5, 0, 2, 4).reshape(-1, len(weight), 3, 3)
+        parities = F.conv2d(h, kernel.contiguous(memory_format=torch.channels_last), bias.repeat_interleave(4),
+                            padding=1)
+        rows, columns = (2 * n - 1 + extra for n, extra in zip(h.shape[2:], output_padding, strict=True))
+        return F.pixel_shuffle(parities, 2)[:, :, :rows, :columns]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The gradients by h, weight and bias."""
+        h, weight = ctx.saved_tensors
+        return *torch.ops.aten.convolution_backward(
+            gradient.contiguous(memory_format=torch.channels_last), h, weight, [weight.shape[1]], [2, 2], [2, 2],
+            [1, 1], True, ctx.output_padding, 1, ctx.needs_input_grad[:3]), None
+
+
 class VAE(nn.Module):
     """Encoder and decoder of three 5x5 stride-2 convolutions each; `alpha` scales every channel count but kappa.
 
@@ -47,7 +77,7 @@ class VAE(nn.Module):
         """x [B, C, H, W], uint8 or in [0, 1] -> mu [B, kappa], log_sigma [B, kappa] of q(z|x)."""
         h = to_unit(x) if x.dtype == torch.uint8 else x
         for conv in self.encoder:
-            h = F.leaky_relu(conv(h), 0.2)
+            h = F.leaky_relu(conv(h), 0.2, inplace=True)
         h = h.flatten(1)
         # Far from the data the linear head extrapolates: past e^10 (the optimum never exceeds about 1) sigma would
         # soon overflow and an extreme outlier's score be NaN.
@@ -55,7 +85,11 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """z [B, kappa] -> the logits of the mean of p(x|z), [B, C, H, W]."""
-        h = F.relu(self.expand(z)).unflatten(1, self.code_shape).contiguous(memory_format=torch.channels_last)
-        for conv in self.decoder[:-1]:
-            h = F.relu(conv(h))
-        return self.decoder[-1](h)
+        h = F.relu(self.expand(z), inplace=True).unflatten(1, self.code_shape)
+        h = h.contiguous(memory_format=torch.channels_last)
+        *inner, last = self.decoder
+        for conv in inner:
+            h = F.relu(conv(h), inplace=True)
+        if h.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            return SubPixel.apply(h, last.weight, last.bias, last.output_padding)
+        return last(h)
