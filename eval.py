@@ -44,11 +44,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError, checkpoint, plots
-from vae_ood.cli import Progress, make_folder, pick_device
+from vae_ood.cli import RANK, Progress, make_folder, pick_device
 from vae_ood.data import CORRUPTIONS, PAIRS, PRIOR, corrupt, generator, load
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import conformal_p_values, detection, latent_spectrum, mmd
 from vae_ood.model import VAE
+from vae_ood.parallel import from_first, workers
 from vae_ood.scores import CONTROLS, SCORES, Features
 
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
@@ -140,7 +141,7 @@ def evaluate_outliers(model, config, sets, args, out):
     features = {name: measure(model, config, images, args, name) for name, images in sets.items()}
     measured = {name: f.likelihoods() for name, f in features.items()}
     fitted = Features(model, fitted, features["train"].likelihoods)
-    kl, active, cut, ratio = latent_spectrum(measured["train"]["kl_per_dim"])
+    kl, active, cut, ratio = latent_spectrum(measured["train"]["kl_per_dim"].mean(0, dtype=np.float64))
     z = measured["train"]["z"][:MMD_IMAGES]
     prior = generator(config["seed"], PRIOR).standard_normal(z.shape)
     metrics = {"config": config, "gamma": model.log_gamma.exp().item(), "active_dims": active, "kappa": config["kappa"],
@@ -178,6 +179,8 @@ def evaluate_outliers(model, config, sets, args, out):
         print(f"\n{active} of {config['kappa']} latent dimensions are active (mean KL above 0.05 nats); gamma = "
               f"{metrics['gamma']:.3g}")
 
+    if RANK:
+        return
     write_csv(out / "scores.csv", ["set", "index", *args.scores],
               ([name, i, *row] for name in sets
                for i, row in enumerate(zip(*(scores[s][name].tolist() for s in args.scores), strict=True))))
@@ -203,7 +206,7 @@ def score_images(model, config, args, out):
     if args.fpr < 1 / (n + 1):
         raise UserError(f"--fpr {args.fpr:g} needs more than the {n} test images there are to calibrate with: give "
                         f"--fpr {1 / (n + 1):.2g} or more, or train on more images")
-    make_folder(out)
+    from_first(lambda: make_folder(out))
     for note in own.notes:
         print(f"{own.name}: {note}")
     if Path(args.score).resolve() == Path(config["data"]):
@@ -218,6 +221,8 @@ def score_images(model, config, args, out):
     scores = {name: scorer(features) for name, scorer in scorers.items()}
     p = conformal_p_values(scorers[args.scores[0]](calibration), scores[args.scores[0]])
     flagged = p <= args.fpr
+    if RANK:
+        return
     if plots.available():
         plots.outliers(out / "outliers.png", own.pixels.numpy(), p, scores[args.scores[0]],
                        f"{Path(own.name).name}: {args.scores[0]}, calibrated on {n:,} images")
@@ -239,16 +244,17 @@ def main(args):
     args.scores = args.scores or (["default"] if args.score else None)
     check_scores(args)
     device = pick_device(args.device)
-    model, config = checkpoint.load_model(args.ckpt, device)
-    limit_images(args, config["shape"], config["alpha"], config["kappa"], device)
-    folder = Path(args.ckpt).parent
-    out = Path(args.out or (folder / f"score-{Path(args.score).stem}" if args.score else folder))
-    if args.score:
-        score_images(model, config, args, out)
-    else:
-        sets = {part: load_inliers(config, part, args) for part in ("train", "test")} | load_outliers(config, args)
-        make_folder(out)
-        evaluate_outliers(model, config, sets, args, out)
+    with workers(device, args.timeout):
+        model, config = checkpoint.load_model(args.ckpt, device)
+        limit_images(args, config["shape"], config["alpha"], config["kappa"], device)
+        folder = Path(args.ckpt).parent
+        out = Path(args.out or (folder / f"score-{Path(args.score).stem}" if args.score else folder))
+        if args.score:
+            score_images(model, config, args, out)
+        else:
+            sets = {part: load_inliers(config, part, args) for part in ("train", "test")} | load_outliers(config, args)
+            from_first(lambda: make_folder(out))
+            evaluate_outliers(model, config, sets, args, out)
 
 
 if __name__ == "__main__":

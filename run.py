@@ -6,7 +6,7 @@
     python run.py --data my_photos/ --recipe fast --out runs/mine      your own images (a folder, .npy or .npz)
 
 Writes config.json, log.jsonl, ckpt.pt and what eval.py writes to --out. The same command with --resume goes on where
-it stopped and ends in the same parameters, bit for bit.
+it stopped and ends in the same parameters, bit for bit. Under torchrun, its workers share each step's batch.
 """
 
 import argparse
@@ -46,6 +46,8 @@ def parse_args():
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     group.add_argument("--checkpoint-seconds", type=float, default=60, metavar="S", help="between two checkpoints "
                        "(default 60)")
+    group.add_argument("--keep", type=positive_int, default=2, metavar="N", help="checkpoints, the newest as ckpt.pt "
+                       "(default 2)")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on "
                        "CUDA; on a CPU it gained nothing)")
     group.add_argument("--amp", action="store_true", help="train under bfloat16 autocast")
@@ -86,20 +88,24 @@ import math
 import signal
 import time
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
 from kernels.gaussian_log_likelihood import gaussian_log_likelihood, log_normal
 from kernels.reparameterize import reparameterize
 from vae_ood import UserError, checkpoint
-from vae_ood.cli import Progress, duration, make_folder, pick_device
+from vae_ood.cli import RANK, RESTARTS, WORLD, Progress, duration, pick_device
 from vae_ood.data import DATASETS, SHUFFLE, TRAINING, generator, load, to_unit
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
+from vae_ood.parallel import agree, any_worker, from_first, part, total, workers
 
 CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", "gamma", "schedule", "iters",
           "batch_size", "lr", "seed", "amp")  # what determines the result; a resumed run must agree in all of it
@@ -138,40 +144,104 @@ def gamma_floor(step, args):
     return math.exp(np.interp(step * max(1, 3000 / args.iters), *HOMOTOPY))
 
 
-def loss_terms(model, x, eps, probe, floor, profiled, amp):
-    """Mean negative ELBO of a batch in nats, with what the log wants: (loss, mse, gamma, KL per dimension).
+class Objective(nn.Module):
+    """The terms of the negative ELBO of each image, as a module, which DistributedDataParallel asks for."""
 
-    x [B, C, H, W], uint8 or in [0, 1]; eps and probe [B, kappa]; the probe is zero and its gradient is dL/dz.
-    `profiled`: gamma is max(MSE, floor), a constant to the gradient: where MSE is the larger, that is the gradient of
-    the loss with gamma profiled out, d/2 log(2 pi e MSE) + KL (arXiv 2006.13202), and its value.
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, eps, probe, amp):
+        """x [B, C, H, W], uint8 or in [0, 1]; eps and probe [B, kappa] -> KL [B, kappa] and log p(x|z) [B] in nats,
+        squared error [B]. The probe is zero and its gradient is dL/dz."""
+        model = self.model
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            mu, log_sigma = (t.float() for t in model.encode(x))
+            z, kl = reparameterize(mu, log_sigma, eps, per_dim=True)
+            decoded = model.decode(z + probe)
+        return kl, *gaussian_log_likelihood(x, decoded, model.log_gamma, model.logits, True)
+
+
+class Training:
+    """A model, its optimiser, and the images [N, C, H, W], uint8, of which each step takes some.
+
+    A step's images and noise are drawn for the whole batch and depend on (seed, step) alone, so a resumed run repeats
+    them; each worker takes its slice. What `backward` gives are the worker's shares: their sums over the workers are
+    those of the batch.
     """
-    d = x[0].numel()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        mu, log_sigma = (t.float() for t in model.encode(x))
-        z, kl = reparameterize(mu, log_sigma, eps, per_dim=True)
-        decoded = model.decode(z + probe)
-    log_gamma = model.log_gamma
-    log_likelihood, squared_error = gaussian_log_likelihood(x, decoded, log_gamma, model.logits, True)
-    mse = squared_error.detach().mean() / d
-    if profiled:
-        log_gamma = torch.maximum(mse, floor).log()
-        log_likelihood = log_normal(squared_error, d, log_gamma)
-    loss = (kl.sum(1) - log_likelihood).mean()
-    return loss, mse, log_gamma.detach().exp(), kl.detach().mean(0)
 
+    def __init__(self, args, images, device):
+        self.args, self.images = args, images.to(device)
+        self.profiled = args.gamma in ("optimal", "homotopy")
+        self.compiled = device.type == "cuda" if args.compile is None else args.compile
+        torch.manual_seed(args.seed)
+        gamma = 1.0 if self.profiled or args.gamma == "learn" else args.gamma
+        self.model = VAE(images.shape[1:], args.alpha, args.kappa, gamma, learn_gamma=args.gamma == "learn").to(
+            device, memory_format=torch.channels_last)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, lr=args.lr, fused=True)
+        objective = Objective(self.model)
+        if WORLD > 1:  # it averages the gradients over the workers while the backward pass goes on
+            objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+        self.objective = torch.compile(objective) if self.compiled else objective
 
-def open_log(path, step):
-    """log.jsonl open for appending, without the lines after `step` and without a half-written last one."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = []
-    for line in lines:
+    def batch(self, step):
+        """This worker's x, uint8 or dequantised, and eps of a step."""
+        args, device, rows = self.args, self.images.device, part(self.args.batch_size)
+        rng, chosen = generator(args.seed, TRAINING, step), batch_indices(args.seed, step, args.batch_size,
+                                                                         len(self.images))[rows]
+        x = self.images[torch.from_numpy(chosen).to(device)]
+        eps = rng.standard_normal((args.batch_size, args.kappa), np.float32)[rows]
+        if args.dequantize:
+            uniform = rng.random((args.batch_size, *x.shape[1:]), np.float32)[rows]
+            x = to_unit(x, torch.from_numpy(uniform).to(device))
+        return x.contiguous(memory_format=torch.channels_last), torch.from_numpy(eps).to(device)
+
+    def backward(self, step):
+        """The gradients of a step; gives the loss (mean negative ELBO in nats), the MSE of the whole batch, gamma, the
+        mean KL per dimension and the mean norm of an image's dL/dz.
+
+        `optimal` and `homotopy`: gamma is max(MSE, floor), a constant to the gradient: where MSE is the larger, that is
+        the gradient of the loss with gamma profiled out, d/2 log(2 pi e MSE) + KL (arXiv 2006.13202), and its value.
+        """
+        x, eps = self.batch(step)
+        b, d, probe = self.args.batch_size, x[0].numel(), torch.zeros_like(eps, requires_grad=True)
+        kl, log_likelihood, squared_error = self.objective(x, eps, probe, self.args.amp)
+        mse, log_gamma = total(squared_error.detach().sum()) / (b * d), self.model.log_gamma
+        if self.profiled:
+            log_gamma = mse.clamp(min=gamma_floor(step, self.args)).log()
+            log_likelihood = log_normal(squared_error, d, log_gamma)
+        loss = (kl.sum(1) - log_likelihood).sum() / b
+        (loss * WORLD).backward()  # the mean over the workers is then the gradient of the batch's loss
+        return (loss.detach(), mse, log_gamma.detach().exp(), kl.detach().sum(0) / b,
+                probe.grad.norm(dim=1).sum() / WORLD)
+
+    def update(self, step, mse):
+        """The optimiser's step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.args)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.profiled:  # what a checkpoint before the end is evaluated with: a running geometric mean
+            with torch.no_grad():
+                self.model.log_gamma.lerp_(mse.clamp(min=MIN_GAMMA).log(), 0.05)
+
+    def warm_up(self, step):
+        """Two steps without an update, the first of which compiles; the seconds of the second."""
         try:
-            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            pass
-    checkpoint.write_atomic(path, b"".join(kept))
-    return path.open("a")
+            self.backward(step)
+        except Exception as error:
+            if not self.compiled:
+                raise
+            if self.args.compile or WORLD > 1:
+                raise UserError(f"torch.compile failed ({type(error).__name__}): use --no-compile") from error
+            print(f"training without torch.compile, which failed ({type(error).__name__}); see --no-compile")
+            self.objective, self.compiled = self.objective._orig_mod, False
+            self.backward(step)
+        started = time.perf_counter()
+        self.backward(step)[0].item()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
 
 
 def train(args, images, out, device):
@@ -181,15 +251,13 @@ def train(args, images, out, device):
     """
     config = {name: getattr(args, name) for name in CONFIG} | {
         "shape": list(images.shape[1:]), "images_crc32": zlib.crc32(images.numpy())}
-    profiled = args.gamma in ("optimal", "homotopy")
-    torch.manual_seed(args.seed)
-    model = VAE(config["shape"], args.alpha, args.kappa, 1.0 if profiled or args.gamma == "learn" else args.gamma,
-                learn_gamma=args.gamma == "learn").to(device, memory_format=torch.channels_last)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
-    step, seconds_before, ckpt = 0, 0.0, out / "ckpt.pt"
-    if ckpt.exists():
-        state = checkpoint.load(ckpt, device)
+    if not agree(config["images_crc32"]):
+        raise UserError("the workers do not have the same training images: give all machines the same files")
+    run = Training(args, images, device)
+    model, optimizer, n, d, b = run.model, run.optimizer, len(images), images[0].numel(), args.batch_size
+    step, seconds_before, saved_step, ckpt = 0, 0.0, None, out / "ckpt.pt"
+    state, notes = from_first(lambda: checkpoint.load_newest(ckpt))
+    if state:
         for name, value in config.items():
             if name == "images_crc32" and state["config"].get(name) != value:
                 raise UserError(f"the training images have changed since {ckpt} was written: give another --out")
@@ -198,37 +266,26 @@ def train(args, images, out, device):
                                 "with the same flags, or give another --out")
         checkpoint.restore(state, ckpt, model, optimizer)
         step, seconds_before = state["step"], state["seconds"]
-        print(f"resuming {ckpt} at step {step:,}")
-    checkpoint.write_atomic(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
-
-    images = images.to(device)
-    n, d, b = len(images), images[0].numel(), args.batch_size
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    terms = torch.compile(loss_terms) if compiled else loss_terms
-
-    def backward(step):
-        """Loss and gradients of a step; its images and noise depend on (seed, step) alone, so a resumed run repeats
-        them."""
-        rng = generator(args.seed, TRAINING, step)
-        x = images[torch.from_numpy(batch_indices(args.seed, step, b, n)).to(device)]
-        eps = torch.from_numpy(rng.standard_normal((b, args.kappa), np.float32)).to(device)
-        uniform = torch.from_numpy(rng.random(tuple(x.shape), np.float32)).to(device) if args.dequantize else None
-        x = (to_unit(x, uniform) if args.dequantize else x).contiguous(memory_format=torch.channels_last)
-        probe = torch.zeros_like(eps, requires_grad=True)
-        floor = torch.tensor(gamma_floor(step, args), device=device)
-        loss, *rest = terms(model, x, eps, probe, floor, profiled, args.amp)
-        loss.backward()
-        return loss.detach(), *rest, probe.grad
+        saved_step = None if notes else step  # a damaged file is not to be kept
+        print(*notes, f"resuming {out} at step {step:,}", sep="\n")
+    if RANK == 0:
+        checkpoint.write_atomic(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
     def check(losses):
         """UserError if one of the losses since the last check, or a parameter, is not finite."""
-        values = torch.stack(losses).tolist()
+        values = total(torch.stack(losses)).tolist()
         bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
-        if bad or not all(p.isfinite().all() for p in trained):
+        if bad or not all(p.isfinite().all() for p in run.trained):
             what = f"the loss is {values[bad[0]]}" if bad else "a parameter is not finite"
             where = step - len(values) + 1 + bad[0] if bad else step
             raise UserError(f"training diverged: {what} at step {where}; try a smaller --lr"
-                            + (f" ({ckpt} keeps the last good state)" if ckpt.exists() else ""))
+                            + (f" ({ckpt} keeps the last good state)" if saved_step is not None else ""))
+
+    def save():
+        if RANK == 0:
+            checkpoint.save(ckpt, model, optimizer, step, config, seconds_before + time.perf_counter() - started,
+                            saved_step, args.keep)
+        return step
 
     signals = []
     handlers = {s: signal.signal(s, lambda number, frame: signals.append(number))
@@ -236,75 +293,56 @@ def train(args, images, out, device):
     bar = Progress(args.iters, step)
     try:
         if step < args.iters:
-            try:
-                backward(step)  # a trial without an update: it compiles
-            except Exception as error:
-                if not compiled:
-                    raise
-                if args.compile:
-                    raise UserError(f"torch.compile failed ({type(error).__name__}): use --no-compile") from error
-                print(f"training without torch.compile, which failed ({type(error).__name__}); see --no-compile")
-                terms = loss_terms
-                backward(step)
-            started = time.perf_counter()
-            backward(step)[0].item()
-            expected = (time.perf_counter() - started) * (args.iters - step)
-            optimizer.zero_grad()
+            expected = run.warm_up(step) * (args.iters - step)
             hint = "; --recipe fast needs a fraction of that" if device.type == "cpu" and args.recipe == "paper" else ""
             print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n:,} training images, "
-                  f"{args.iters - step:,} steps of {b} on {device.type}: about {duration(expected)}{hint}", flush=True)
-        first, losses, text = step, [], ""
+                  f"{args.iters - step:,} steps of {b} on {device.type}{f' x {WORLD}' if WORLD > 1 else ''}: about "
+                  f"{duration(expected)}{hint}", flush=True)
+        first, losses, text, stopped = step, [], "", False
         started = saved = logged = time.perf_counter()
         logged_step = step
-        with open_log(out / "log.jsonl", step) as log:
-            while step < args.iters and not signals:
-                loss, mse, gamma, kl, grad_z = backward(step)
+        with nullcontext() if RANK else checkpoint.open_log(out / "log.jsonl", step) as log:
+            while step < args.iters and not stopped:
+                loss, mse, gamma, kl, grad_z_norm = run.backward(step)
                 logging = (step + 1) % LOG_EVERY == 0 or step + 1 in (1, args.iters)
-                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained]) if logging else None
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, args)
-                optimizer.step()
-                optimizer.zero_grad()
-                if profiled:  # what a checkpoint before the end is evaluated with: a running geometric mean
-                    with torch.no_grad():
-                        model.log_gamma.lerp_(mse.clamp(min=MIN_GAMMA).log(), 0.05)
+                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in run.trained]) if logging else None
+                run.update(step, mse)
                 losses.append(loss)
                 step += 1
                 now = time.perf_counter()
-                saving = now - saved > args.checkpoint_seconds
+                stopped, saving = any_worker(bool(signals), RANK == 0 and now - saved > args.checkpoint_seconds)
                 if logging or saving:
                     check(losses)
                     losses = []
                 if logging:
+                    loss, grad_z_norm, *kl = total(torch.cat([torch.stack([loss, grad_z_norm]), kl])).tolist()
                     speed = (step - logged_step) * b / (now - logged)
                     record = {"step": step, "seconds": round(seconds_before + now - started, 3),
-                              "images_per_second": round(speed, 1), "loss": loss.item(),
-                              "bpd": bits_per_dim(loss.item(), d), "mse": mse.item(), "gamma": gamma.item(),
-                              "kl": kl.sum().item(), "grad_norm": grad_norm.item(),
-                              "grad_z_norm": b * grad_z.norm(dim=1).mean().item(),  # of an image's own loss, on average
-                              "active_dims": int((kl > ACTIVE_NATS).sum())}
-                    log.write(json.dumps(record) + "\n")
-                    log.flush()
+                              "images_per_second": round(speed, 1), "loss": loss, "bpd": bits_per_dim(loss, d),
+                              "mse": mse.item(), "gamma": gamma.item(), "kl": sum(kl), "grad_norm": grad_norm.item(),
+                              "grad_z_norm": grad_z_norm, "active_dims": sum(k > ACTIVE_NATS for k in kl)}
+                    if RANK == 0:
+                        log.write(json.dumps(record) + "\n")
+                        log.flush()
                     logged, logged_step = now, step
                     left = duration((now - started) / (step - first) * (args.iters - step))
                     text = f"bpd {record['bpd']:.3f}  gamma {record['gamma']:.5f}  {speed:.0f} images/s  {left} left"
                 bar.update(step, text)
                 if saving:
-                    checkpoint.save(ckpt, model, optimizer, step, config, seconds_before + now - started)
+                    saved_step = save()
                     saved = time.perf_counter()
-        seconds = seconds_before + time.perf_counter() - started
         if losses:
             check(losses)
-        if step == args.iters and profiled:
-            stats = evaluate(model, images[:GAMMA_IMAGES], 1, args.seed, args.dequantize)
+        if step == args.iters and run.profiled:
+            stats = evaluate(model, run.images[:GAMMA_IMAGES], 1, args.seed, args.dequantize)
             with torch.no_grad():
                 model.log_gamma.fill_(math.log(max(stats["mse"].mean(), MIN_GAMMA)))
-        checkpoint.save(ckpt, model, optimizer, step, config, seconds)
+        save()
     finally:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if signals:
+    if stopped:
         raise KeyboardInterrupt(f"step {step:,} is saved in {ckpt}: the same command with --resume goes on")
     return model.eval().requires_grad_(False), config
 
@@ -312,6 +350,8 @@ def train(args, images, out, device):
 def main(args):
     evaluation.check_scores(args)
     device = pick_device(args.device)
+    if args.batch_size < WORLD:
+        raise UserError(f"--batch-size {args.batch_size}: each of the {WORLD} workers needs an image of a step")
     if args.data not in DATASETS and args.data != "sprites":
         if not Path(args.data).exists():
             raise UserError(f"unknown data '{args.data}': give a path that exists, or one of sprites, "
@@ -319,21 +359,20 @@ def main(args):
         args.data = str(Path(args.data).resolve())
     name = Path(args.data).stem + (str(args.sprite_factors) if args.sprite_factors != 4 else "")
     out = Path(args.out or f"runs/{name}_a{args.alpha:g}_k{args.kappa}_s{args.seed}")
-    if (out / "ckpt.pt").exists() and not args.resume:
-        raise UserError(f"{out} already holds a run: add --resume to go on with it, or give another --out")
-    images = load(args.data, "train", args.data_root, None, args.sprite_factors, args.skip_bad)
-    sets = {}
-    if not args.no_eval:  # before the training, so that a missing file is not found out after it
-        config = vars(args) | {"shape": list(images.pixels.shape[1:])}
-        evaluation.limit_images(args, config["shape"], args.alpha, args.kappa, device)
-        sets = {"train": images.first(args.max_images or evaluation.FIT_IMAGES),
-                "test": evaluation.load_inliers(config, "test", args)} | evaluation.load_outliers(config, args)
-    for note in images.notes:
-        print(f"train: {note}")
-    make_folder(out)
-    model, config = train(args, images.pixels, out, device)
-    if sets:
-        evaluation.evaluate_outliers(model, config, sets, args, out)
+    with workers(device, args.timeout):
+        images = load(args.data, "train", args.data_root, None, args.sprite_factors, args.skip_bad)
+        sets = {}
+        if not args.no_eval:  # before the training, so that a missing file is not found out after it
+            config = vars(args) | {"shape": list(images.pixels.shape[1:])}
+            evaluation.limit_images(args, config["shape"], args.alpha, args.kappa, device)
+            sets = {"train": images.first(args.max_images or evaluation.FIT_IMAGES),
+                    "test": evaluation.load_inliers(config, "test", args)} | evaluation.load_outliers(config, args)
+        for note in images.notes:
+            print(f"train: {note}")
+        with checkpoint.folder_of_run(out, args.resume or RESTARTS > 0):
+            model, config = train(args, images.pixels, out, device)
+            if sets:
+                evaluation.evaluate_outliers(model, config, sets, args, out)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,9 @@ def test_training_step_is_the_same_on_both_paths(monkeypatch, gamma, amp):
     def step(forced):
         monkeypatch.setattr(kernels, "OVERRIDE", forced)
         probe = torch.zeros_like(eps, requires_grad=True)
-        outputs = run.loss_terms(model, x, eps, probe, torch.tensor(0.0, device=DEVICE), gamma == "profiled", amp)
-        return *outputs, *torch.autograd.grad(outputs[0], [*parameters, probe])
+        kl, log_likelihood, squared_error = run.Objective(model)(x, eps, probe, amp)
+        loss = kl.sum() + (squared_error if gamma == "profiled" else -log_likelihood).sum()
+        return kl, log_likelihood, squared_error, *torch.autograd.grad(loss, [*parameters, probe])
 
     limits = {"rtol": 0.05, "atol": 0.05} if amp else {"rtol": 1e-4, "atol": 1e-5}  # bfloat16 weights' gradients
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
@@ -129,11 +130,11 @@ def test_training_step_is_the_same_on_both_paths(monkeypatch, gamma, amp):
 def test_inductor_compiles_a_training_step_around_the_kernels():
     torch.manual_seed(0)
     model, eps = VAE((3, 8, 8), 0.1, 5, 0.1, learn_gamma=True).to(DEVICE), torch.randn(6, 5, device=DEVICE)
-    arguments = (model, torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, device=DEVICE), eps, torch.zeros_like(eps),
-                 torch.tensor(0.0, device=DEVICE), False, False)
-    losses, gradients = [], []
-    for terms in (run.loss_terms, torch.compile(run.loss_terms, fullgraph=True)):
-        losses.append(terms(*arguments)[0])
+    arguments = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, device=DEVICE), eps, torch.zeros_like(eps), False
+    losses, gradients, objective = [], [], run.Objective(model)
+    for terms in (objective, torch.compile(objective, fullgraph=True)):
+        kl, log_likelihood, _ = terms(*arguments)
+        losses.append((kl.sum(1) - log_likelihood).mean())
         gradients.append(torch.autograd.grad(losses[-1], list(model.parameters())))
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
@@ -155,6 +156,6 @@ def test_everything_runs_without_triton():
     code = ("import sys; sys.modules['triton'] = None; import torch, kernels, run; from vae_ood.model import VAE\n"
             "model, eps = VAE((1, 8, 8), 0.1, 2), torch.zeros(3, 2, requires_grad=True)\n"
             "x = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)\n"
-            "run.loss_terms(model, x, eps, eps, torch.tensor(0.0), True, False)[0].backward()")
+            "run.Objective(model)(x, eps, eps, False)[1].sum().backward()")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import eval as evaluation
 import run
 from vae_ood import UserError, checkpoint
+from vae_ood.data import to_unit
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES
 
@@ -48,60 +50,92 @@ def test_schedules():
     assert run.gamma_floor(3, SimpleNamespace(gamma="optimal", iters=10)) == run.MIN_GAMMA
 
 
-@pytest.fixture
-def problem():
-    torch.manual_seed(0)
-    return VAE(SHAPE, 0.1, 3, 0.05), torch.rand(6, *SHAPE), torch.randn(6, 3), torch.zeros(6, 3, requires_grad=True)
+def training(**changes):
+    """A `Training` on six random images, all of them in each step."""
+    args = {"alpha": 0.1, "kappa": 3, "gamma": "optimal", "schedule": "constant", "iters": 100, "batch_size": 6,
+            "lr": 1e-3, "seed": 0, "amp": False, "dequantize": False, "compile": False} | changes
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, *SHAPE), np.uint8))
+    return run.Training(SimpleNamespace(**args), images, torch.device("cpu"))
 
 
-def test_optimal_gamma_has_the_value_and_gradient_of_the_profiled_loss(problem):
-    model, x, eps, probe = problem
-    weights = [p for n, p in model.named_parameters() if n != "log_gamma"]
-    loss, mse, gamma, kl = run.loss_terms(model, x, eps, probe, torch.tensor(0.0), True, False)
-    gradients = torch.autograd.grad(loss, weights)
+def plain_terms(one, step):
+    """Of a step, in other words: squared error [B, C, H, W], KL [B, kappa], z, from the images and noise of `one`."""
+    x, eps = one.batch(step)
+    mu, log_sigma = one.model.encode(x)
+    z = mu + log_sigma.exp() * eps
+    error = (to_unit(x) - one.model.decode(z).sigmoid()).square()
+    return error, 0.5 * (mu**2 + (2 * log_sigma).exp() - 1 - 2 * log_sigma), z
 
-    mu, log_sigma = model.encode(x)
-    d = math.prod(SHAPE)
-    error = (x - model.decode(mu + log_sigma.exp() * eps).sigmoid()).square().mean()
-    divergence = 0.5 * (mu**2 + (2 * log_sigma).exp() - 1 - 2 * log_sigma)
-    profiled = 0.5 * d * torch.log(2 * math.pi * math.e * error) + divergence.sum(1).mean()
-    torch.testing.assert_close(loss, profiled)
-    torch.testing.assert_close((mse, gamma), (error.detach(), error.detach()))
+
+def test_optimal_gamma_has_the_value_and_gradient_of_the_profiled_loss():
+    one = training()
+    loss, mse, gamma, kl, _ = one.backward(0)
+    error, divergence, _ = plain_terms(one, 0)
+    profiled = 0.5 * math.prod(SHAPE) * torch.log(2 * math.pi * math.e * error.mean()) + divergence.sum(1).mean()
+    torch.testing.assert_close((loss, mse, gamma), (profiled.detach(), error.mean().detach(), error.mean().detach()))
     torch.testing.assert_close(kl, divergence.mean(0).detach())
-    for ours, theirs in zip(gradients, torch.autograd.grad(profiled, weights), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(one.trained, torch.autograd.grad(profiled, one.trained), strict=True):
+        torch.testing.assert_close(ours.grad, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_floor_bounds_gamma_from_below(problem):
-    model, x, eps, probe = problem
-    _, mse, gamma, _ = run.loss_terms(model, x, eps, probe, torch.tensor(0.9), True, False)
-    assert gamma.item() == pytest.approx(0.9) and mse < 0.9
+def test_floor_bounds_gamma_from_below():
+    _, mse, gamma, _, _ = training(gamma="homotopy").backward(0)
+    assert gamma.item() == 1 and mse < 1
 
 
-def test_learned_gamma_has_its_minimum_at_the_mse(problem):
-    model, x, eps, probe = problem
-    model.log_gamma.requires_grad_(True)
-    _, mse, _, _ = run.loss_terms(model, x, eps, probe, torch.tensor(0.0), False, False)
+def test_learned_gamma_has_its_minimum_at_the_mse():
+    one = training(gamma="learn")
+    mse = one.backward(0)[1]
     with torch.no_grad():
-        model.log_gamma.copy_(mse.log())
-    loss, _, gamma, _ = run.loss_terms(model, x, eps, probe, torch.tensor(0.0), False, False)
+        one.model.log_gamma.copy_(mse.log())
+    one.optimizer.zero_grad()
+    gamma = one.backward(0)[2]
     assert gamma == pytest.approx(mse.item())
-    assert torch.autograd.grad(loss, model.log_gamma)[0].item() == pytest.approx(0, abs=1e-4)
+    assert one.model.log_gamma.grad.item() == pytest.approx(0, abs=1e-4)
 
 
-def test_probe_gives_the_gradient_at_z(problem):
-    model, x, eps, probe = problem
-    run.loss_terms(model, x, eps, probe, torch.tensor(0.0), False, False)[0].backward()
-    mu, log_sigma = model.encode(x)
-    z = (mu + log_sigma.exp() * eps).detach().requires_grad_(True)
-    ((x - model.decode(z).sigmoid()).square().sum() / (2 * 0.05) / 6).backward()
-    torch.testing.assert_close(probe.grad, z.grad, rtol=1e-4, atol=1e-5)
+def test_the_logged_gradient_at_z_is_that_of_each_image_s_own_loss():
+    one = training(gamma=0.05)
+    ours = one.backward(0)[4]
+    error, _, z = plain_terms(one, 0)
+    gradient, = torch.autograd.grad(error.sum() / (2 * 0.05), z)
+    torch.testing.assert_close(ours, gradient.norm(dim=1).mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", ["learn", "homotopy", 0.05])
+def test_twenty_steps_are_those_of_the_plain_formulation(gamma):
+    """Channels-last memory, the sub-pixel layer, in-place activations and the fused optimiser change no result."""
+    one, plain = training(gamma=gamma), training(gamma=gamma)
+    optimizer = torch.optim.Adam(plain.trained, lr=1e-3, foreach=False)
+    plain.model.to(memory_format=torch.contiguous_format)
+    d = math.prod(SHAPE)
+
+    def decode(z):
+        h = F.relu(plain.model.expand(z)).unflatten(1, plain.model.code_shape)
+        for conv in plain.model.decoder[:2]:
+            h = F.relu(conv(h))
+        return plain.model.decoder[2](h)
+    plain.model.decode = decode
+
+    for step in range(20):
+        one.update(step, one.backward(step)[1])
+        error, divergence, _ = plain_terms(plain, step)
+        log_gamma = plain.model.log_gamma
+        if gamma == "homotopy":
+            log_gamma = error.mean().detach().clamp(min=run.gamma_floor(step, plain.args)).log()
+        energy = error.flatten(1).sum(1) / log_gamma.exp() + d * (math.log(2 * math.pi) + log_gamma)
+        loss = (divergence.sum(1) + energy / 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for ours, theirs in zip(one.trained, plain.trained, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     args = SimpleNamespace(data="x", sprite_factors=4, skip_bad=False, dequantize=False, alpha=0.1, kappa=2,
                            gamma="optimal", schedule="constant", iters=200, batch_size=4, lr=1e-3, seed=0, amp=False,
-                           resume=False, compile=False, checkpoint_seconds=0, recipe="fast")
+                           resume=False, compile=False, checkpoint_seconds=0, keep=1, recipe="fast")
     images = torch.randint(256, (20, *SHAPE), dtype=torch.uint8)
     monkeypatch.setattr(run, "learning_rate", lambda step, args: 1e-3 if step < 60 else math.inf)
     with pytest.raises(UserError, match=r"training diverged: .* at step 61; .*ckpt\.pt keeps the last good state"):

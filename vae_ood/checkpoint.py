@@ -1,25 +1,37 @@
 """Atomic save and safe load of checkpoints: plain tensors and plain values, never a pickled object."""
 
 import io
+import json
 import os
+import re
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from vae_ood import UserError
+from vae_ood.cli import lock, make_folder
 from vae_ood.model import VAE
+from vae_ood.parallel import from_first
 
 VERSION = 1
 
 
-def write_atomic(path, data):
-    """Write bytes to `path` so that it holds either its old content or all of the new one. Raises UserError."""
+class Damaged(UserError):
+    """A file that is no whole checkpoint."""
+
+
+def write_atomic(path, data, aside=None):
+    """Write bytes to `path` so that it holds either its old content, which is moved to `aside` if that is given, or all
+    of the new one. Raises UserError."""
     part = Path(f"{path}.part")
     try:
         with part.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if aside:
+            os.replace(path, aside)
         os.replace(part, path)
     except OSError as error:
         try:
@@ -31,32 +43,63 @@ def write_atomic(path, data):
                         "--out") from None
 
 
-def save(path, model, optimizer, step, config, seconds=0.0):
-    """Save the state after `step` training steps; `config` is a dict of plain values. Raises UserError."""
-    buffer = io.BytesIO()
+def save(path, model, optimizer, step, config, seconds=0.0, before=None, keep=1):
+    """Save the state after `step` training steps as `path`; `config` is a dict of plain values. Raises UserError.
+
+    What `path` held, of the step `before`, is kept beside it as <stem>-<before>.pt, as far as there are to be `keep`
+    checkpoints in all; older ones are removed.
+    """
+    buffer, path = io.BytesIO(), Path(path)
     torch.save({"version": VERSION, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                 "config": config, "seconds": seconds}, buffer)
-    write_atomic(path, buffer.getbuffer())
+    aside = before is not None and before < step and keep > 1 and path.exists()
+    write_atomic(path, buffer.getbuffer(), path.with_name(f"{path.stem}-{before}.pt") if aside else None)
+    for number, old in earlier(path):
+        if number < step and keep > 1:
+            keep -= 1
+        else:
+            old.unlink(missing_ok=True)
 
 
-def load(path, device="cpu"):
-    """The dict that `save` wrote. Raises UserError if `path` is missing, no checkpoint, damaged or too new."""
+def earlier(path):
+    """[(step, path)] of the checkpoints kept beside `path`, the newest first."""
+    found = [(re.fullmatch(rf"{path.stem}-(\d+)\.pt", file.name), file) for file in path.parent.glob("*.pt")]
+    return sorted(((int(match[1]), file) for match, file in found if match), reverse=True)
+
+
+def load_newest(path):
+    """(state, notes) of the newest good one of `path` and those kept beside it, or (None, []) where there is none at
+    all; the notes name those that are damaged. Raises UserError if all are, or if one is of a newer version."""
+    found, notes = [file for file in (Path(path), *(file for _, file in earlier(Path(path)))) if file.exists()], []
+    for file in found:
+        try:
+            return load(file), notes
+        except Damaged as error:
+            notes.append(str(error))
+    if notes:
+        raise UserError(notes[0])
+    return None, []
+
+
+def load(path):
+    """The dict that `save` wrote, on the CPU. Raises UserError if `path` is missing or too new, Damaged if it is no
+    checkpoint or damaged."""
     try:
         data = Path(path).read_bytes()  # here, not in torch, whose OSErrors may mean a damaged file
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: give the ckpt.pt that run.py wrote") from None
     try:
-        state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a foreign, damaged or malicious file makes torch raise
         reason = "it asks to run code" if "GLOBAL" in str(error) else "foreign or damaged"
-        raise UserError(f"{path} is not a checkpoint of run.py ({reason}): nothing in it was executed") from None
+        raise Damaged(f"{path} is not a checkpoint of run.py ({reason}): nothing in it was executed") from None
     version = state.get("version") if isinstance(state, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise UserError(f"{path} was written by a newer vae-ood (format {version}, this one reads up to {VERSION}): "
                         "update vae-ood")
     types = {"version": int, "model": dict, "optimizer": dict, "step": int, "config": dict, "seconds": float}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in types.items()):
-        raise UserError(f"{path} is not a checkpoint of run.py: give the ckpt.pt that run.py wrote")
+        raise Damaged(f"{path} is not a checkpoint of run.py: give the ckpt.pt that run.py wrote")
     return state
 
 
@@ -72,7 +115,7 @@ def restore(state, path, model, optimizer=None):
 
 def load_model(path, device="cpu"):
     """(model, config) of a checkpoint, ready to evaluate on `device`. Raises UserError."""
-    state = load(path, device)
+    state = from_first(lambda: load(path))
     try:
         config = state["config"]
         types = {"data": str, "sprite_factors": int, "skip_bad": bool, "dequantize": bool, "seed": int}
@@ -84,3 +127,34 @@ def load_model(path, device="cpu"):
     model = model.to(device, memory_format=torch.channels_last)
     restore(state, path, model)
     return model.eval().requires_grad_(False), config
+
+
+@contextmanager
+def folder_of_run(out, resume):
+    """The folder of a run, made and held by worker 0 alone; UserError where it holds a run that is not to go on."""
+    def claim():
+        make_folder(out)
+        try:
+            held.enter_context(lock(out, wait=False))
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {out}: wait for its end, or give another --out") from None
+        if (out / "ckpt.pt").exists() and not resume:
+            raise UserError(f"{out} already holds a run: add --resume to go on with it, or give another --out")
+
+    with ExitStack() as held:
+        from_first(claim)
+        yield
+
+
+def open_log(path, step):
+    """log.jsonl open for appending, without the lines after `step` and without a half-written last one."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            pass
+    write_atomic(path, b"".join(kept))
+    return path.open("a")

@@ -11,6 +11,14 @@ from contextlib import contextmanager
 
 from vae_ood import UserError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+RANK, LOCAL_RANK, WORLD, RESTARTS = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0)))  # as torchrun sets them
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
@@ -21,11 +29,15 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors():
-    """Exit codes of a command: 2 a user's mistake, told in one line on stderr; 130 interrupted."""
+    """Exit codes of a command: 2 a user's mistake, told in one line on stderr; 130 interrupted. Of several workers, the
+    first alone prints, and the first of each machine its errors."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if LOCAL_RANK == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
@@ -37,7 +49,8 @@ def one_line_errors():
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted{'; ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
+        if RANK == 0:
+            print(f"interrupted{'; ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -58,6 +71,8 @@ def add_evaluation_arguments(parser):
     group.add_argument("--data-root", metavar="DIR", help="folder of the official files; what is missing is downloaded "
                        "there (default $VAE_OOD_DATA, else ~/.cache/vae_ood)")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    group.add_argument("--timeout", type=positive_float, default=600, metavar="S", help="under torchrun: a worker that "
+                       "does not answer for S seconds is lost (default 600)")
 
 
 def positive_int(text):
@@ -94,7 +109,13 @@ def pick_device(name):
     keep_freed_memory()
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= LOCAL_RANK:
+        raise UserError(f"worker {LOCAL_RANK} of this machine has no GPU, there are {torch.cuda.device_count()}: give "
+                        "torchrun a smaller --nproc-per-node, or --device cpu")
+    torch.cuda.set_device(LOCAL_RANK)
+    return torch.device("cuda", LOCAL_RANK)
 
 
 def make_folder(path):
@@ -106,6 +127,25 @@ def make_folder(path):
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write in the folder {path} ({error.strerror}): choose another --out") from None
+
+
+@contextmanager
+def lock(folder, wait):
+    """Hold `folder` alone: where another process holds it, wait for it to end, or raise BlockingIOError. Nothing is
+    left behind, however the process ends."""
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def duration(seconds):
@@ -124,7 +164,9 @@ class Progress:
 
     def update(self, done, text="", seconds=5.0):
         """Show that `done` of the total are done; a plain line at most every `seconds`, and at the end if it has a
-        text."""
+        text. Worker 0 alone shows it."""
+        if RANK:
+            return
         if self.bar is None and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             from tqdm import tqdm
             self.bar = tqdm(total=self.total, initial=self.initial, unit=self.label, leave=False, dynamic_ncols=True)

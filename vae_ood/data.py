@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from vae_ood import UserError
+from vae_ood.cli import lock
 
 SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR, REGRET, CORRUPTION = range(7)  # streams of random numbers
 PAIRS = {  # the outlier sets of a data set, the paper's where it has some
@@ -141,13 +142,22 @@ def fetch(folder, filename):
     path = folder / filename
     if path.exists():
         return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror}): choose another --data-root") from None
+    with lock(folder, wait=True):  # until another process has downloaded it
+        return path if path.exists() else _download(folder, filename)
+
+
+def _download(folder, filename):
+    path = folder / filename
     address, md5 = DOWNLOADS[folder.name, filename]
     part = path.with_name(filename + ".part")
     hint = f"download {address}{filename} by hand and put it in {folder}"
     timeout = socket.getdefaulttimeout()
     print(f"downloading {address}{filename} to {folder}", flush=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)
         torch.hub.download_url_to_file(address + filename, str(part), progress=False)
         with part.open("rb") as file:

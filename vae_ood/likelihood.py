@@ -9,6 +9,7 @@ from kernels.gaussian_log_likelihood import log_normal
 from kernels.iw_nll import iw_nll
 from kernels.reparameterize import reparameterize
 from vae_ood.data import EVALUATION, generator, to_unit
+from vae_ood.parallel import WORLD, spread
 
 MEMORY_BUDGET = 512 * 2**20  # bytes for the activations of one chunk
 
@@ -36,22 +37,26 @@ def chunk_size(model):
     return max(1, MEMORY_BUDGET // (4 * 3 * floats))  # 4 bytes, and about three copies alive at a stage
 
 
-@torch.inference_mode()
-@torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)  # TF32 would be off by 1e-3
 def evaluate(model, images, iw_samples, seed=0, dequantize=False, first=0, progress=lambda done: None):
-    """Per-image likelihoods of uint8 `images` [N, C, H, W] under `model`.
+    """Per-image likelihoods of uint8 `images` [N, C, H, W] under `model`, each worker taking a part of them.
 
     Encodes each image once and decodes `iw_samples` codes z ~ q(z|x) in chunks. The noise of image i depends on
-    (seed, first + i) alone, so neither the chunks nor N change a figure beyond rounding. Returns float64 numpy arrays:
-    nll: negative ELBO, its expectation averaged over the same samples [N]; iw_nll [N]; mse: mean squared error per
-    dimension, same average [N]; kl [N]; kl_per_dim: mean over the images [kappa]; z: one sample of q(z|x) [N, kappa],
-    float32.
+    (seed, first + i) alone, so neither the chunks, the workers nor N change a figure beyond rounding. Returns numpy
+    arrays, float64: nll: negative ELBO, its expectation averaged over the same samples [N]; iw_nll [N]; mse: mean
+    squared error per dimension, same average [N]; kl [N]; float32: kl_per_dim [N, kappa]; z: one sample of q(z|x)
+    [N, kappa].
     """
+    return spread(lambda part: _evaluate(model, images[part], iw_samples, seed, dequantize, first + part.start,
+                                         lambda done: progress(min(done * WORLD, len(images)))), len(images))
+
+
+@torch.inference_mode()
+@torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)  # TF32 would be off by 1e-3
+def _evaluate(model, images, iw_samples, seed, dequantize, first, progress):
     device, d, kappa, k = model.log_gamma.device, math.prod(model.shape), model.kappa, iw_samples
     chunk = chunk_size(model)
     block = max(1, chunk // k)  # images whose samples are decoded together
-    out = {name: [] for name in ("nll", "iw_nll", "mse", "kl", "z")}
-    kl_sum = torch.zeros(kappa, dtype=torch.float64)
+    out = {name: [] for name in ("nll", "iw_nll", "mse", "kl", "kl_per_dim", "z")}
     for start in range(0, len(images), block):
         rows = range(start, min(start + block, len(images)))
         noise = [generator(seed, EVALUATION, first + i) for i in rows]
@@ -63,7 +68,8 @@ def evaluate(model, images, iw_samples, seed=0, dequantize=False, first=0, progr
         mu, log_sigma = model.encode(x)
         z, kl = reparameterize(mu.repeat_interleave(k, 0), log_sigma.repeat_interleave(k, 0), eps.flatten(0, 1),
                                per_dim=True)
-        z, kl = z.unflatten(0, (-1, k)), kl[::k].double()
+        z, kl_per_dim = z.unflatten(0, (-1, k)), kl[::k].clone()  # a view would keep all K samples
+        kl = kl_per_dim.sum(1, dtype=torch.float64)
         log_ratio = log_prior_minus_log_q(z.double(), eps.double(), log_sigma.double())
         log_mean_w, squared_error = [], []
         for z_part, log_ratio_part in zip(z.split(chunk, 1), log_ratio.split(chunk, 1), strict=True):  # one, mostly
@@ -73,12 +79,11 @@ def evaluate(model, images, iw_samples, seed=0, dequantize=False, first=0, progr
             log_mean_w.append(math.log(part / k) - nll.double())
             squared_error.append(error.double())
         squared_error = torch.cat(squared_error, 1)
-        out["nll"].append(kl.sum(1) - log_normal(squared_error, d, model.log_gamma.double()).mean(1))
+        out["nll"].append(kl - log_normal(squared_error, d, model.log_gamma.double()).mean(1))
         out["iw_nll"].append(-torch.stack(log_mean_w).logsumexp(0))
         out["mse"].append(squared_error.mean(1) / d)
-        out["kl"].append(kl.sum(1))
-        out["z"].append(z[:, 0].clone())  # a view would keep all K samples
-        kl_sum += kl.sum(0).cpu()
+        out["kl"].append(kl)
+        out["kl_per_dim"].append(kl_per_dim)
+        out["z"].append(z[:, 0].clone())
         progress(rows.stop)
-    result = {name: torch.cat(parts).cpu().numpy() for name, parts in out.items()}
-    return result | {"kl_per_dim": (kl_sum / len(images)).numpy()}
+    return {name: torch.cat(parts).cpu().numpy() for name, parts in out.items()}

@@ -17,6 +17,7 @@ from kernels.gaussian_log_likelihood import log_normal
 from kernels.reparameterize import reparameterize
 from vae_ood.data import REGRET, generator, to_unit
 from vae_ood.likelihood import chunk_size
+from vae_ood.parallel import spread
 
 QUANTISATION = 1 / 255**2 / 12  # the variance of rounding to 8 bits: no energy is told apart below it
 REGRET_STEPS, REGRET_LR, REGRET_SAMPLES = 50, 0.03, 8  # 76.8 nats gained by CIFAR-10's test images at alpha = 1/4;
@@ -24,7 +25,8 @@ REGRET_STEPS, REGRET_LR, REGRET_SAMPLES = 50, 0.03, 8  # 76.8 nats gained by CIF
 
 
 class Features:
-    """What the scores read of uint8 images [N, C, H, W] under a model, by name, each computed when first asked for.
+    """What the scores read of uint8 images [N, C, H, W] under a model, by name, each computed when first asked for, by
+    all workers.
 
     nll, iw_nll [N]: nats, of `likelihoods()`, which returns what `likelihood.evaluate` does. mu, log_sigma [N, kappa].
     path [N, 3]: log norms of the residual x - mu_x(mu_z), of mu_z and of sigma_z. residual_spectrum, image_spectrum
@@ -37,9 +39,11 @@ class Features:
         self.model, self.images, self.likelihoods, self.known = model, images, likelihoods, {}
 
     def __getitem__(self, name):
+        if name in ("nll", "iw_nll"):
+            return self.likelihoods()[name]
         if name not in self.known:
             produce = next(producer for names, producer in PRODUCERS.items() if name in names)
-            self.known |= produce(self)
+            self.known |= spread(lambda part: produce(self.model, self.images[part]), len(self.images))
         return self.known[name]
 
 
@@ -53,10 +57,10 @@ class Part:
         return self.whole[name][self.rows]
 
 
-def _batches(features):
+def _batches(model, images):
     """The images in batches that the decoder can take at once, on the model's device."""
-    for part in features.images.split(min(500, chunk_size(features.model))):
-        yield part.to(features.model.log_gamma.device).contiguous(memory_format=torch.channels_last)
+    for part in images.split(min(500, chunk_size(model))):
+        yield part.to(model.log_gamma.device).contiguous(memory_format=torch.channels_last)
 
 
 def _decode(model, z):
@@ -118,21 +122,16 @@ def high_pass(x):
     return F.conv2d(padded, kernel.expand(x.shape[1], 1, 3, 3), groups=x.shape[1])
 
 
-def _likelihoods(features):
-    likelihoods = features.likelihoods()
-    return {name: likelihoods[name] for name in ("nll", "iw_nll")}
-
-
 ENCODED = ("mu", "log_sigma", "path", "residual_spectrum", "residual_regions", "residual_fine")
 
 
 @torch.inference_mode()
 @torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-def _encoded(features):
+def _encoded(model, images):
     out = {name: [] for name in ENCODED}
-    for x in _batches(features):
-        mu, log_sigma = features.model.encode(x)
-        residual = to_unit(x) - _decode(features.model, mu)
+    for x in _batches(model, images):
+        mu, log_sigma = model.encode(x)
+        residual = to_unit(x) - _decode(model, mu)
         norms = (residual.flatten(1).norm(dim=1), mu.norm(dim=1), log_sigma.exp().norm(dim=1))
         for name, value in zip(ENCODED, (
                 mu, log_sigma, torch.stack(norms, 1).clamp(min=1e-6).log(), band_log_energies(residual),
@@ -141,9 +140,9 @@ def _encoded(features):
     return _gather(out)
 
 
-def _of_pixels(features):
+def _of_pixels(model, images):
     out = {"image_spectrum": [], "image_regions": [], "pixels": []}
-    for x in _batches(features):
+    for x in _batches(model, images):
         x = to_unit(x)
         out["image_spectrum"].append(band_log_energies(x))
         out["image_regions"].append(region_log_energies(x))
@@ -184,14 +183,14 @@ def code():
     return webp_bits if features.check("webp") else zlib_bits
 
 
-def _code_bits(features):
+def _code_bits(model, images):
     with ThreadPoolExecutor() as pool:  # both codes let go of Python's lock
-        return {"code_bits": np.array(list(pool.map(code(), features.images.numpy())), float)}
+        return {"code_bits": np.array(list(pool.map(code(), images.numpy())), float)}
 
 
-def _regret(features):
+def _regret(model, images):
     """All images of a batch at once: their losses share nothing but the noise of a step."""
-    model, d, out = features.model, math.prod(features.model.shape), []
+    d, out = math.prod(model.shape), []
     noise = generator(0, REGRET).standard_normal((REGRET_STEPS + REGRET_SAMPLES, model.kappa), np.float32)
     noise = torch.from_numpy(noise).to(model.log_gamma.device)
     log_gamma = model.log_gamma.detach()
@@ -201,7 +200,7 @@ def _regret(features):
         error = (to_unit(x) - _decode(model, z)).square().flatten(1).sum(1)
         return kl - log_normal(error, d, log_gamma)
 
-    for x in _batches(features):
+    for x in _batches(model, images):
         with torch.no_grad():
             start = model.encode(x)
         posterior = [t.clone().requires_grad_() for t in start]
@@ -217,9 +216,8 @@ def _regret(features):
     return _gather({"regret": out})
 
 
-PRODUCERS = {("nll", "iw_nll"): _likelihoods, ENCODED: _encoded,
-             ("image_spectrum", "image_regions", "pixels"): _of_pixels, ("code_bits",): _code_bits,
-             ("regret",): _regret}
+PRODUCERS = {ENCODED: _encoded, ("image_spectrum", "image_regions", "pixels"): _of_pixels,
+             ("code_bits",): _code_bits, ("regret",): _regret}
 
 
 # ---- what is fitted to the inliers -------------------------------------------------------------------------------

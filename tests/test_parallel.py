@@ -1,0 +1,163 @@
+"""Several workers, as torchrun starts them: the same results as one, and through faults."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from vae_ood import checkpoint, parallel
+
+SMALL = ("run.py", "--alpha", 0.1, "--batch-size", 50, "--gamma", "optimal", "--lr", 1e-4, "--no-compile")
+
+
+def torchrun(workers, *arguments, max_restarts=0):
+    """A started torchrun on this machine."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers),
+         "--max-restarts", str(max_restarts), "--monitor-interval", "0.1", *map(str, arguments)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def finished(process):
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
+def children(process):
+    """The process numbers of the workers, by rank."""
+    found = {}
+    for folder in os.listdir("/proc"):
+        try:
+            if folder.isdigit() and f"\nPPid:\t{process.pid}\n" in open(f"/proc/{folder}/status").read():
+                environment = open(f"/proc/{folder}/environ").read().split("\0")
+                found[next(int(e[5:]) for e in environment if e.startswith("RANK="))] = int(folder)
+        except (OSError, StopIteration):  # it has just ended
+            pass
+    return found
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same_parameters(a, b):
+    a, b = (checkpoint.load(out / "ckpt.pt")["model"] for out in (a, b))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_losses(a, b):
+    return np.allclose([r["loss"] for r in log(a)], [r["loss"] for r in log(b)], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 50])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_parts_are_the_whole(monkeypatch, workers, n):
+    monkeypatch.setattr(parallel, "WORLD", workers)
+    rows = []
+    for rank in range(workers):
+        monkeypatch.setattr(parallel, "RANK", rank)
+        rows.append(list(range(n))[parallel.part(n)])
+    assert sum(rows, []) == list(range(n))
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    finished(torchrun(1, *SMALL, "--iters", 200, "--dequantize", "--iw-samples", 2, "--max-images", 301, "--outliers",
+                      "noise", "--out", out))
+    return out
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_gives_the_same(one_worker, tmp_path, workers):
+    """50 images a step and 301 a set cannot be shared equally. The losses agree to the order of summation, and a
+    checkpoint's evaluation in every count, and to 1e-6 in every value."""
+    out, again = tmp_path / "run", tmp_path / "again"
+    finished(torchrun(workers, *SMALL, "--iters", 200, "--dequantize", "--no-eval", "--out", out))
+    assert same_losses(one_worker, out)
+    for key in ("mse", "gamma", "kl", "grad_norm", "grad_z_norm"):
+        np.testing.assert_allclose([r[key] for r in log(out)], [r[key] for r in log(one_worker)], rtol=1e-2)
+    finished(torchrun(workers, "eval.py", "--ckpt", one_worker / "ckpt.pt", "--iw-samples", 2, "--max-images", 301,
+                      "--outliers", "noise", "--out", again))
+    one, many = (json.loads((folder / "metrics.json").read_text()) for folder in (one_worker, again))
+
+    def compare(a, b):
+        if isinstance(a, dict):
+            assert a.keys() == b.keys()
+            for key in a:
+                compare(a[key], b[key])
+        elif isinstance(a, float):
+            assert b == pytest.approx(a, rel=1e-6, abs=1e-6)
+        elif isinstance(a, list):
+            for one, other in zip(a, b, strict=True):
+                compare(one, other)
+        else:
+            assert a == b
+    compare(one, many)
+    tables = []
+    for folder in (one_worker, again):
+        with open(folder / "scores.csv") as file:
+            tables.append([tuple(row.values()) for row in csv.DictReader(file)])
+    assert [row[:2] for row in tables[0]] == [row[:2] for row in tables[1]] and len(tables[0]) == 3 * 301
+    np.testing.assert_allclose(*(np.array([row[2:] for row in table], float) for table in tables), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("--recipe", "paper"), ("--gamma", "homotopy", "--lr", 1e-4)])
+def test_other_kinds_of_gamma_with_three_workers(tmp_path, arguments):
+    for workers in (1, 3):
+        finished(torchrun(workers, "run.py", "--iters", 200, "--no-compile", "--no-eval", *arguments, "--out",
+                          tmp_path / str(workers)))
+    assert same_losses(tmp_path / "1", tmp_path / "3")
+
+
+def test_workers_need_an_image_of_each_step(tmp_path):
+    process = torchrun(3, "run.py", "--batch-size", 2, "--out", tmp_path / "run")
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode and output.count("error: --batch-size 2: each of the 3 workers needs an image") == 1
+
+
+def disturbed(out, arguments, workers, number, faults, seed, max_restarts):
+    """A run whose workers get the signal `number` at random moments, one of them at a time."""
+    rng, ckpt = random.Random(seed), out / "ckpt.pt"
+    process = torchrun(workers, *arguments, "--out", out, max_restarts=max_restarts)
+    seen = None
+    for _ in range(faults):
+        while not ckpt.exists() or ckpt.stat().st_mtime_ns == seen:  # it has gone on
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        seen = ckpt.stat().st_mtime_ns
+        os.kill(children(process)[rng.randrange(workers)], number)
+    return finished(process)
+
+
+@pytest.mark.parametrize("faults", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_workers_that_are_killed_change_nothing(tmp_path, faults):
+    arguments = (*SMALL, "--iters", 150 * faults, "--no-eval", "--checkpoint-seconds", 0.1)
+    finished(torchrun(2, *arguments, "--out", tmp_path / "whole"))
+    disturbed(tmp_path / "pieces", arguments, 2, signal.SIGKILL, faults, faults, max_restarts=faults)
+    assert same_parameters(tmp_path / "whole", tmp_path / "pieces")
+    assert [r["step"] for r in log(tmp_path / "pieces")] == [r["step"] for r in log(tmp_path / "whole")]
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_replaced(tmp_path):
+    arguments = (*SMALL, "--iters", 400, "--no-eval", "--checkpoint-seconds", 0.1, "--timeout", 5)
+    finished(torchrun(2, *arguments, "--out", tmp_path / "whole"))
+    started = time.monotonic()
+    disturbed(tmp_path / "pieces", arguments, 2, signal.SIGSTOP, 1, 0, max_restarts=1)
+    assert time.monotonic() - started < 100  # torchrun waits for 30 s before it kills what does not end
+    assert same_parameters(tmp_path / "whole", tmp_path / "pieces")

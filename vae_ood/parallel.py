@@ -1,0 +1,105 @@
+"""Data-parallel workers, as torchrun starts them, on torch.distributed. A process that torchrun did not start is the
+only worker, and nothing here communicates.
+
+Every worker holds all images and takes its slice of what is computed, so whatever the number of workers, the same is
+computed of the same images with the same noise. Worker 0 alone reads and writes a run's files.
+"""
+
+import io
+import re
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from vae_ood import UserError
+from vae_ood.cli import RANK, WORLD
+
+LOST = re.compile(r"gloo|nccl|connection|socket|timed? ?out|TCPStore", re.IGNORECASE)  # what torch says of lost workers
+
+
+@contextmanager
+def workers(device, timeout):
+    """The group of all workers, NCCL for CUDA tensors and Gloo for the rest. A worker that is lost, or that does not
+    answer for `timeout` seconds, ends this one with exit code 1, for torchrun to start all of them again."""
+    if WORLD == 1:
+        yield
+        return
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=timeout))
+        yield
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        print(f"worker {RANK}: another worker is gone or hangs ({str(error).splitlines()[0][:200]}); torchrun starts "
+              "all again if --max-restarts allows it, and they go on from the last checkpoint", file=sys.stderr)
+        sys.exit(1)
+
+
+def part(n):
+    """The slice of n things that is this worker's: the first n % WORLD workers have one more."""
+    size, more = divmod(n, WORLD)
+    start = RANK * size + min(RANK, more)
+    return slice(start, start + size + (more > RANK))
+
+
+def total(values):
+    """The sum of a tensor over the workers, in place."""
+    if WORLD > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_worker(*flags):
+    """For each flag, whether it is up on some worker."""
+    if WORLD == 1:
+        return flags
+    raised = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return raised.bool().tolist()
+
+
+def agree(number):
+    """Whether an integer is the same on every worker."""
+    ends = torch.tensor([number, -number])
+    if WORLD > 1:
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return bool(ends[0] == -ends[1])
+
+
+def from_first(function):
+    """What function() returns on worker 0, plain values and tensors, on every worker; or raises the UserError there."""
+    if WORLD == 1:
+        return function()
+    buffer, size = io.BytesIO(), torch.zeros((), dtype=torch.int64)
+    if RANK == 0:
+        try:
+            torch.save({"value": function()}, buffer)
+        except UserError as error:
+            torch.save({"error": str(error)}, buffer)
+        size.fill_(buffer.tell())
+    dist.broadcast(size, 0)
+    data = torch.frombuffer(bytearray(buffer.getvalue() if RANK == 0 else size.item()), dtype=torch.uint8)
+    dist.broadcast(data, 0)
+    result = torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
+    if "error" in result:
+        raise UserError(result["error"])
+    return result["value"]
+
+
+def spread(compute, n):
+    """{name: array [n, ...]} from compute(a slice of the n), which gives a dict of numpy arrays of its length: each
+    worker computes its part, and all have the whole."""
+    if n < WORLD or WORLD == 1:
+        return compute(slice(0, n))
+    return {name: _gather(values, n) for name, values in compute(part(n)).items()}
+
+
+def _gather(values, n):
+    whole = torch.zeros(n, *values.shape[1:], dtype=torch.from_numpy(values).dtype)
+    whole[part(n)] = torch.from_numpy(values)
+    return total(whole).numpy()  # zeros elsewhere: the sum is exact
