@@ -369,7 +369,7 @@ def main(args):
                     "test": evaluation.load_inliers(config, "test", args)} | evaluation.load_outliers(config, args)
         for note in images.notes:
             print(f"train: {note}")
-        with checkpoint.folder_of_run(out, args.resume or RESTARTS > 0):
+        with checkpoint.folder_of_run(out, *any_worker(args.resume or RESTARTS > 0)):
             model, config = train(args, images.pixels, out, device)
             if sets:
                 evaluation.evaluate_outliers(model, config, sets, args, out)

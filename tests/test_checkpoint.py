@@ -3,6 +3,7 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,51 @@ def test_full_disk_keeps_the_checkpoint_before(saved, monkeypatch):
     with pytest.raises(UserError, match=r"No space left on device.*the one saved before is kept"):
         checkpoint.save(path, model, optimizer, 8, CONFIG)
     assert path.read_bytes() == before and os.listdir(path.parent) == ["ckpt.pt"]
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two checkpoints, of steps 7 and 9, and what the newer one holds."""
+    model = VAE(**MODEL)
+    optimizer = torch.optim.Adam(model.parameters())
+    for step, before in ((2, None), (7, 2), (9, 7)):
+        checkpoint.save(tmp_path / "ckpt.pt", model, optimizer, step, CONFIG, before=before, keep=2)
+    return tmp_path / "ckpt.pt", (tmp_path / "ckpt.pt").read_bytes()
+
+
+def test_as_many_checkpoints_are_kept_as_asked(two):
+    path, _ = two
+    assert sorted(os.listdir(path.parent)) == ["ckpt-7.pt", "ckpt.pt"]
+    assert checkpoint.load(path)["step"] == 9 and checkpoint.load(path.with_name("ckpt-7.pt"))["step"] == 7
+    model = VAE(**MODEL)
+    optimizer = torch.optim.Adam(model.parameters())
+    checkpoint.save(path, model, optimizer, 8, CONFIG, before=None, keep=2)  # 9 was damaged, 7 was resumed
+    assert sorted(os.listdir(path.parent)) == ["ckpt-7.pt", "ckpt.pt"]
+    checkpoint.save(path, model, optimizer, 11, CONFIG, before=8, keep=1)
+    assert os.listdir(path.parent) == ["ckpt.pt"]
+
+
+def test_a_checkpoint_cut_off_at_any_kilobyte_gives_way_to_the_one_before(two):
+    path, content = two
+    assert checkpoint.load_newest(path)[0]["step"] == 9
+    for size in (*range(0, len(content), 1024), len(content) - 1):
+        path.write_bytes(content[:size])
+        state, notes = checkpoint.load_newest(path)
+        assert state["step"] == 7 and len(notes) == 1 and "ckpt.pt is not a checkpoint" in notes[0]
+    path.unlink()  # a kill between the two renames of a save
+    assert checkpoint.load_newest(path)[0]["step"] == 7
+    path.with_name("ckpt-7.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        checkpoint.load_newest(path)
+
+
+def test_a_flipped_bit_in_a_tensor_is_noticed(two):
+    path, content = two
+    values = checkpoint.load(path)["model"]["expand.weight"].numpy().tobytes()
+    for place in np.random.default_rng(0).integers(0, len(values), 20) + content.index(values):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1:])
+        state, notes = checkpoint.load_newest(path)
+        assert state["step"] == 7 and notes
 
 
 class Malicious:

@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import run
 from tests.conftest import ROOT
-from vae_ood import checkpoint, parallel
+from vae_ood import UserError, checkpoint, parallel
 
 SMALL = ("run.py", "--alpha", 0.1, "--batch-size", 50, "--gamma", "optimal", "--lr", 1e-4, "--no-compile")
 
@@ -39,8 +43,8 @@ def children(process):
     found = {}
     for folder in os.listdir("/proc"):
         try:
-            if folder.isdigit() and f"\nPPid:\t{process.pid}\n" in open(f"/proc/{folder}/status").read():
-                environment = open(f"/proc/{folder}/environ").read().split("\0")
+            if folder.isdigit() and f"\nPPid:\t{process.pid}\n" in Path(f"/proc/{folder}/status").read_text():
+                environment = Path(f"/proc/{folder}/environ").read_text().split("\0")
                 found[next(int(e[5:]) for e in environment if e.startswith("RANK="))] = int(folder)
         except (OSError, StopIteration):  # it has just ended
             pass
@@ -68,7 +72,7 @@ def test_the_parts_are_the_whole(monkeypatch, workers, n):
     for rank in range(workers):
         monkeypatch.setattr(parallel, "RANK", rank)
         rows.append(list(range(n))[parallel.part(n)])
-    assert sum(rows, []) == list(range(n))
+    assert list(chain(*rows)) == list(range(n))
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
 
@@ -80,7 +84,7 @@ def one_worker(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_workers_gives_the_same(one_worker, tmp_path, workers):
     """50 images a step and 301 a set cannot be shared equally. The losses agree to the order of summation, and a
     checkpoint's evaluation in every count, and to 1e-6 in every value."""
@@ -123,10 +127,25 @@ def test_other_kinds_of_gamma_with_three_workers(tmp_path, arguments):
     assert same_losses(tmp_path / "1", tmp_path / "3")
 
 
-def test_workers_need_an_image_of_each_step(tmp_path):
-    process = torchrun(3, "run.py", "--batch-size", 2, "--out", tmp_path / "run")
+def test_workers_need_an_image_of_each_step(monkeypatch):
+    monkeypatch.setattr(run, "WORLD", 3)
+    with pytest.raises(UserError, match="each of the 3 workers needs an image"):
+        run.main(SimpleNamespace(scores=["nll"], device="cpu", batch_size=2))
+
+
+@pytest.mark.slow
+def test_another_number_of_workers_goes_on(one_worker, tmp_path):
+    arguments = (*SMALL, "--iters", 200, "--dequantize", "--no-eval", "--out", tmp_path / "run")
+    process = torchrun(3, *arguments)
+    while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 2:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
-    assert process.returncode and output.count("error: --batch-size 2: each of the 3 workers needs an image") == 1
+    assert process.returncode and "is saved in" in output
+    assert 50 <= checkpoint.load(tmp_path / "run/ckpt.pt")["step"] < 200
+    assert "resuming" in finished(torchrun(2, *arguments, "--resume"))
+    assert same_losses(one_worker, tmp_path / "run")
 
 
 def disturbed(out, arguments, workers, number, faults, seed, max_restarts):
@@ -144,9 +163,9 @@ def disturbed(out, arguments, workers, number, faults, seed, max_restarts):
     return finished(process)
 
 
-@pytest.mark.parametrize("faults", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("faults", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_workers_that_are_killed_change_nothing(tmp_path, faults):
-    arguments = (*SMALL, "--iters", 150 * faults, "--no-eval", "--checkpoint-seconds", 0.1)
+    arguments = (*SMALL, "--iters", 200 * faults, "--no-eval", "--checkpoint-seconds", 0.1)
     finished(torchrun(2, *arguments, "--out", tmp_path / "whole"))
     disturbed(tmp_path / "pieces", arguments, 2, signal.SIGKILL, faults, faults, max_restarts=faults)
     assert same_parameters(tmp_path / "whole", tmp_path / "pieces")

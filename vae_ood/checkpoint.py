@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import zipfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -89,6 +90,9 @@ def load(path):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: give the ckpt.pt that run.py wrote") from None
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if archive.testzip():  # torch does not look at the checksums
+                raise zipfile.BadZipFile
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a foreign, damaged or malicious file makes torch raise
         reason = "it asks to run code" if "GLOBAL" in str(error) else "foreign or damaged"

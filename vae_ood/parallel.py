@@ -6,13 +6,16 @@ computed of the same images with the same noise. Worker 0 alone reads and writes
 """
 
 import io
+import os
 import re
 import sys
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from vae_ood import UserError
 from vae_ood.cli import RANK, WORLD
@@ -28,8 +31,8 @@ def workers(device, timeout):
         yield
         return
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(seconds=timeout))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=_store(timeout),
+                                rank=RANK, world_size=WORLD, timeout=timedelta(seconds=timeout))
         yield
         dist.destroy_process_group()
     except RuntimeError as error:
@@ -38,6 +41,21 @@ def workers(device, timeout):
         print(f"worker {RANK}: another worker is gone or hangs ({str(error).splitlines()[0][:200]}); torchrun starts "
               "all again if --max-restarts allows it, and they go on from the last checkpoint", file=sys.stderr)
         sys.exit(1)
+
+
+def _store(timeout):
+    """The store through which these workers find each other: torchrun's outlives them, with the addresses of those that
+    were lost, so they take a part of it that is named by all of them, as each finds when it has seen the others."""
+    store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    store.set(str(RANK), os.urandom(16).hex())
+    joined, end = set(), time.monotonic() + timeout
+    while time.monotonic() < end:
+        name = b"".join(store.multi_get([str(rank) for rank in range(WORLD)])).decode()
+        if store.add(name, name not in joined) == WORLD:
+            return dist.PrefixStore(name, store)
+        joined.add(name)
+        time.sleep(0.02)
+    raise RuntimeError(f"timed out: {WORLD} workers have not come together within {timeout:g} s")
 
 
 def part(n):

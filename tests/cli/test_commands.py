@@ -176,7 +176,9 @@ def interrupted_run(arguments, out, seed):
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.2))
             process.send_signal(number)
+        sent = time.monotonic()
         output, _ = process.communicate(timeout=300)
+        assert number is None or time.monotonic() - sent < 2  # a step takes some milliseconds
         assert process.returncode == {None: 0, signal.SIGKILL: -signal.SIGKILL}.get(number, 130), output
 
 
@@ -233,6 +235,35 @@ def test_half_written_log_and_flags_that_differ(command, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 50, 100]
 
 
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(command, tmp_path):
+    arguments = (*TINY, "--iters", 120, "--no-eval", "--checkpoint-seconds", 0, "--out", tmp_path / "a")
+    command(*arguments)
+    whole, ckpt = parameters(tmp_path / "a"), tmp_path / "a" / "ckpt.pt"
+    assert [p.name for p in (tmp_path / "a").glob("*.pt")].count("ckpt.pt") == 1
+    ckpt.write_bytes(ckpt.read_bytes()[:100_000])
+    with open(tmp_path / "a" / "log.jsonl", "a") as file:
+        file.write('{"step": 12')
+    output = command(*arguments, "--resume").stdout
+    assert f"{ckpt} is not a checkpoint" in output and "resuming" in output and "at step 119" in output
+    assert all(torch.equal(whole[name], value) for name, value in parameters(tmp_path / "a").items())
+    lines = (tmp_path / "a" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 50, 100, 120]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(command, tmp_path):
+    arguments = (*TINY, "--iters", 100_000, "--no-eval", "--resume", "--out", tmp_path / "a")
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "a" / "log.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert refused(command(*arguments, check=False), "another run is writing to", "--out")
+    finally:
+        process.kill()
+        process.wait()
+    command(*TINY, "--iters", 1, "--no-eval", "--resume", "--out", tmp_path / "a")  # a killed one leaves no lock
+
+
 # ---- mistakes
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -281,28 +312,39 @@ def test_unwritable_output_folder(command, tmp_path):
     assert refused(command(*TINY, "--iters", 1, "--out", tmp_path / "file" / "out", check=False), "cannot write")
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or subprocess.run(["which", "mount"], capture_output=True).returncode != 0,
-                    reason="needs root to mount a small file system")
-def test_disk_that_fills_up_keeps_the_checkpoint_before(command, tmp_path):
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 4 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("cannot mount a small file system here")
-    try:
-        arguments = ("run.py", "--alpha", 0.2, "--no-compile", "--no-eval", "--out", disk / "run")
-        command(*arguments, "--iters", 1)
-        before = parameters(disk / "run")
-        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-        (disk / "filler").write_bytes(bytes(free - 100_000))
-        torch.save(checkpoint.load(disk / "run" / "ckpt.pt") | {"step": 0}, tmp_path / "ckpt.pt")
-        (disk / "run" / "ckpt.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes())
-        result = command(*arguments, "--iters", 1, "--resume", check=False)
-        assert refused(result, "No space left on device", "the one saved before is kept")
-        after = parameters(disk / "run")
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        assert not list((disk / "run").glob("*.part"))
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk],
+                                                       capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here: needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_disk_that_fills_up_keeps_the_checkpoint_before(command, disk, tmp_path):
+    arguments = ("run.py", "--alpha", 0.2, "--no-compile", "--no-eval", "--out", disk / "run")
+    command(*arguments, "--iters", 1)
+    before = parameters(disk / "run")
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "filler").write_bytes(bytes(free - 100_000))
+    torch.save(checkpoint.load(disk / "run" / "ckpt.pt") | {"step": 0}, tmp_path / "ckpt.pt")
+    (disk / "run" / "ckpt.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes())
+    result = command(*arguments, "--iters", 1, "--resume", check=False)
+    assert refused(result, "No space left on device", "the one saved before is kept")
+    after = parameters(disk / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not list((disk / "run").glob("*.part"))
+
+
+def test_folder_that_cannot_be_written_keeps_all(command, disk):
+    arguments = (*TINY, "--no-eval", "--out", disk / "run", "--iters", 1)
+    command(*arguments)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    assert refused(command(*arguments, "--resume", check=False), "cannot write in the folder", "Read-only file system")
+    assert checkpoint.load(disk / "run" / "ckpt.pt")["step"] == 1
 
 
 def test_divergence_is_refused_in_one_line(command, tmp_path):
