@@ -6,6 +6,7 @@ import io
 import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +15,6 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
@@ -125,7 +124,7 @@ def test_bad_svhn(tmp_path):
     with pytest.raises(UserError, match="not an SVHN file"):
         load("svhn", "test", tmp_path)
     savemat(path, {"X": random_images(8, 8, 3, 5)})
-    with pytest.raises(UserError, match="no uint8 array X"):
+    with pytest.raises(UserError, match="X is uint8 of shape"):
         load("svhn", "test", tmp_path)
 
 
@@ -337,12 +336,37 @@ def test_bad_arrays(tmp_path, array, message):
         load(str(tmp_path / "a.npy"), "all")
 
 
-def test_array_header_that_claims_more_than_the_file_holds(tmp_path):
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8)})
-    put(tmp_path / "a.npy", header.getvalue() + bytes(100))
-    with pytest.raises(UserError, match="not a readable array file"):
-        load(str(tmp_path / "a.npy"), "all")
+def npy(shape):
+    """The bytes of a .npy whose header claims a shape, with 100 bytes of content."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return buffer.getvalue() + bytes(100)
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "idx", "mat"])
+def test_a_header_that_claims_a_million_million_images_is_refused_before_anything_is_allocated(tmp_path, kind):
+    if kind == "idx":
+        data, message = "mnist", "header claims"
+        put(tmp_path / "mnist/t10k-images-idx3-ubyte", b"\0\0\x08\x03" + 3 * (10**4).to_bytes(4, "big") + bytes(2000))
+    elif kind == "mat":
+        path = tmp_path / "svhn/test_32x32.mat"
+        put(path, b"")
+        savemat(path, {"X": random_images(32, 32, 3, 5)})
+        content = path.read_bytes()
+        place = content.index((32).to_bytes(4, "little") * 2 + (3).to_bytes(4, "little")) + 12
+        path.write_bytes(content[:place] + (2**31 - 1).to_bytes(4, "little") + content[place + 4:])
+        data, message = "svhn", "damaged"
+    else:
+        data, message = str(tmp_path / f"a.{kind}"), "not a readable array file"
+        put(tmp_path / "a.npy", npy((10**12, 8, 8)))
+        if kind == "npz":
+            with zipfile.ZipFile(data, "w") as archive:
+                archive.write(tmp_path / "a.npy", "images.npy")
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message):
+        load(data, "all", tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("name", "message"), [("nothing-here", "unknown data"), ("empty", "no pictures"),
@@ -442,38 +466,3 @@ def test_to_unit():
     torch.testing.assert_close(to_unit(pixels), torch.tensor([0, 128 / 255, 1]))
     dequantised = torch.tensor([0, 128.5 / 256, 255.5 / 256])
     torch.testing.assert_close(to_unit(pixels, torch.tensor([0, 0.5, 0.5])), dequantised)
-
-
-# ---- mutated files: the project's own error or a good result, nothing else
-
-def check_mutations(path, content, read):
-    @settings(max_examples=150, deadline=None, derandomize=True)
-    @given(st.integers(0, len(content) - 1), st.binary(min_size=1, max_size=8), st.integers(0, len(content)))
-    def check(position, replacement, length):
-        path.write_bytes((content[:position] + replacement + content[position + len(replacement):])[:length])
-        try:
-            assert read().pixels.dtype == torch.uint8
-        except UserError as error:
-            assert "\n" not in str(error)
-
-    check()
-
-
-@pytest.mark.parametrize("kind", ["idx", "idx.gz", "cifar10", "npy", "npz", "png"])
-def test_mutated_files(tmp_path, kind):
-    images = random_images(3, 3, 32, 32) if kind == "cifar10" else random_images(3, 8, 8)
-    folder, buffer = tmp_path / "mnist", io.BytesIO()
-    folder.mkdir()
-    if kind.startswith("idx"):
-        path = folder / ("t10k-images-idx3-ubyte" + kind[3:])
-        content = gzip.compress(idx(images)) if kind == "idx.gz" else idx(images)
-        check_mutations(path, content, lambda: load("mnist", "test", tmp_path))
-    elif kind == "cifar10":
-        (tmp_path / "cifar10").mkdir()
-        path = tmp_path / "cifar10" / "test_batch.bin"
-        check_mutations(path, cifar(images), lambda: load("cifar10", "test", tmp_path))
-    else:
-        {"npy": np.save, "npz": np.savez_compressed, "png": lambda b, i: Image.fromarray(i[0]).save(b, "PNG")}[kind](
-            buffer, images)
-        path = folder / f"a.{kind}"
-        check_mutations(path, buffer.getvalue(), lambda: load(str(folder if kind == "png" else path), "all"))

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,3 +181,50 @@ def test_a_worker_that_hangs_is_replaced(tmp_path):
     disturbed(tmp_path / "pieces", arguments, 2, signal.SIGSTOP, 1, 0, max_restarts=1)
     assert time.monotonic() - started < 100  # torchrun waits for 30 s before it kills what does not end
     assert same_parameters(tmp_path / "whole", tmp_path / "pieces")
+
+
+@pytest.fixture
+def two_nodes():
+    """Two network namespaces with a cable between them, as prefixes of a command; the disk is shared."""
+    def ip(*arguments):
+        return subprocess.run(["ip", *arguments], capture_output=True, text=True)
+
+    if shutil.which("ip") is None or ip("netns", "add", "vae-ood-1").returncode:
+        pytest.skip("needs root and iproute2, to make network namespaces")
+    try:
+        ip("netns", "add", "vae-ood-2")
+        ip("link", "add", "vae-ood-1", "netns", "vae-ood-1", "type", "veth", "peer", "vae-ood-2", "netns", "vae-ood-2")
+        for node in ("1", "2"):
+            inside = ("-n", f"vae-ood-{node}")
+            ip(*inside, "addr", "add", f"10.77.0.{node}/24", "dev", f"vae-ood-{node}")
+            for device in ("lo", f"vae-ood-{node}"):
+                assert ip(*inside, "link", "set", device, "up").returncode == 0
+        yield [("ip", "netns", "exec", f"vae-ood-{node}", "env", f"GLOO_SOCKET_IFNAME=vae-ood-{node}",
+                "OMP_NUM_THREADS=1") for node in (1, 2)]
+    finally:
+        for node in ("1", "2"):
+            ip("netns", "del", f"vae-ood-{node}")
+
+
+@pytest.mark.slow
+def test_two_nodes_and_the_loss_of_a_worker(one_worker, two_nodes, tmp_path):
+    out = tmp_path / "run"
+    nodes = [subprocess.Popen(
+        [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+         "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "test", "--max-restarts", "3",
+         "--local-addr", f"10.77.0.{number}", "--rdzv-conf", f"is_host={number == 1}",  # no names are known here
+         "--monitor-interval", "0.1", *map(str, SMALL), "--iters", "200", "--dequantize", "--no-eval", "--timeout",
+         "20", "--checkpoint-seconds", "0.1", "--resume", "--out", str(out)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for number, prefix in enumerate(two_nodes, 1)]
+    try:
+        while not (out / "ckpt.pt").exists():
+            assert not any(node.poll() for node in nodes), [node.communicate()[0] for node in nodes]
+            time.sleep(0.01)
+        os.kill(next(iter(children(nodes[1]).values())), signal.SIGKILL)
+        outputs = [finished(node) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert "resuming" in "".join(outputs)
+    assert same_losses(one_worker, out)

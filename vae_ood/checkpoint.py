@@ -107,10 +107,13 @@ def load(path):
     return state
 
 
-def restore(state, path, model, optimizer=None):
-    """Put a loaded state into `model` and `optimizer`. Raises UserError where it does not fit."""
+def restore(state, path, model, optimizer=None, assign=False):
+    """Put a loaded state into `model`, whose parameters become the state's own where `assign`, and `optimizer`. Raises
+    UserError where it does not fit."""
     try:
-        model.load_state_dict(state["model"])
+        if any(state["model"][name].dtype != value.dtype for name, value in model.state_dict().items()):
+            raise TypeError
+        model.load_state_dict(state["model"], assign=assign)
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # foreign tensors: torch raises RuntimeError, KeyError, ValueError, TypeError...
@@ -125,11 +128,12 @@ def load_model(path, device="cpu"):
         types = {"data": str, "sprite_factors": int, "skip_bad": bool, "dequantize": bool, "seed": int}
         if not all(isinstance(config[name], kind) for name, kind in types.items()):
             raise TypeError
-        model = VAE(config["shape"], config["alpha"], config["kappa"])
+        with torch.device("meta"):  # what a damaged config asks for may be too large
+            model = VAE(config["shape"], config["alpha"], config["kappa"])
     except Exception as error:  # a config that was tampered with
         raise UserError(f"{path} is damaged: its settings are unusable ({type(error).__name__})") from None
+    restore(state, path, model, assign=True)
     model = model.to(device, memory_format=torch.channels_last)
-    restore(state, path, model)
     return model.eval().requires_grad_(False), config
 
 

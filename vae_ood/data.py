@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import math
 import os
 import re
 import socket
@@ -30,6 +31,8 @@ PAIRS = {  # the outlier sets of a data set, the paper's where it has some
     "sprites": ("two_blobs", "discs", "cut_out", "noise", "constant"), "fashionmnist": ("mnist",),
     "mnist": ("fashionmnist",), "cifar10": ("svhn", "celeba"), "svhn": ("cifar10",), "celeba": ("cifar10", "svhn")}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+EXPANSION = 1100  # the most that a compressed file can grow: deflate's limit is 1032-fold
 
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -188,7 +191,7 @@ def _idx(folder, split):
                 raise UserError(f"{path} is not an IDX file of images (wrong magic number): delete it or replace it")
             shape = [int.from_bytes(header[i:i + 4], "big") for i in (4, 8, 12)]
             wanted = shape[0] * shape[1] * shape[2]
-            if wanted > 1100 * size:  # deflate expands at most 1032-fold
+            if wanted > EXPANSION * size:
                 raise UserError(f"{path} is damaged: its header claims {wanted:,} bytes of images")
             body = file.read(wanted + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -197,6 +200,9 @@ def _idx(folder, split):
         raise UserError(f"{path} is truncated or damaged ({wanted:,} bytes of images announced, "
                         f"{'fewer' if len(body) < wanted else 'more'} found): delete it or replace it")
     return Images(folder.name, torch.from_numpy(np.frombuffer(bytearray(body), np.uint8).reshape(-1, 1, *shape[1:])))
+
+
+CIFAR_BATCH = 10_000 * 3073  # bytes
 
 
 def _cifar10(folder, split):
@@ -209,14 +215,14 @@ def _cifar10(folder, split):
             with tarfile.open(path, "r:gz") as archive:
                 for member in archive:
                     if member.isfile() and re.fullmatch(pattern, os.path.basename(member.name)):
-                        parts[os.path.basename(member.name)] = archive.extractfile(member).read()
+                        parts[os.path.basename(member.name)] = archive.extractfile(member).read(CIFAR_BATCH + 1)
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             raise UserError(f"{path} is truncated or damaged ({error}): delete it or replace it") from None
         if not parts:
             raise UserError(f"{path} holds no CIFAR-10 batches: delete it or replace it")
     for name, data in parts.items():
         records = np.frombuffer(data, np.uint8)
-        if not data or len(data) % 3073 or records[::3073].max() > 9:
+        if not 0 < len(data) <= CIFAR_BATCH or len(data) % 3073 or records[::3073].max() > 9:
             raise UserError(f"{folder / name} is not a CIFAR-10 batch of the binary version (3,073 bytes a record): "
                             "delete it or replace it")
     records = np.concatenate([np.frombuffer(parts[name], np.uint8).reshape(-1, 3073) for name in sorted(parts)])
@@ -233,11 +239,15 @@ def _svhn(folder, split):
     except ImportError:
         raise UserError(f"reading {path} needs scipy: pip install scipy") from None
     try:
+        shape, kind = next((shape, kind) for name, shape, kind in scipy.io.whosmat(path) if name == "X")
+        if kind != "uint8" or shape[:3] != (32, 32, 3) or not 0 < math.prod(shape) <= EXPANSION * path.stat().st_size:
+            raise ValueError(f"X is {kind} of shape {shape}, not uint8 of 32x32x3xN")
         pixels = scipy.io.loadmat(path, variable_names=["X"])["X"]
-        if pixels.dtype != np.uint8 or pixels.shape[:3] != (32, 32, 3) or pixels.ndim != 4 or not pixels.size:
-            raise ValueError("no uint8 array X of 32x32x3xN")
+        if pixels.dtype != np.uint8 or pixels.shape != shape or len(shape) != 4:
+            raise ValueError("its header and its content differ")
     except Exception as error:  # scipy raises nearly anything on a damaged file
-        raise UserError(f"{path} is not an SVHN file or is damaged ({error}): delete it or replace it") from None
+        raise UserError(f"{path} is not an SVHN file or is damaged ({_reason(error)}): delete it or replace "
+                        "it") from None
     return Images(folder.name, torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1))))
 
 
@@ -385,6 +395,7 @@ def _arrays(path, split):
         loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # mmap checks the size that the header claims
         if isinstance(loaded, np.ndarray):
             return Images(str(path), _pixels(loaded, path)), False
+        _check_sizes(path)
         with loaded:
             parts = ["train_images", "test_images"]
             if ready := set(parts) <= set(loaded.files):
@@ -402,7 +413,24 @@ def _arrays(path, split):
         raise
     except Exception as error:  # numpy raises nearly anything on a damaged header
         raise UserError(f"{path} is not a readable array file without pickled objects "
-                        f"({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+                        f"({_reason(error)})") from None
+
+
+def _reason(error):
+    """What an exception says, in one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _check_sizes(path):
+    """ValueError where an array of an .npz, or the archive, claims to be larger than it can be: numpy would allocate
+    first."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+            if math.prod(shape) * dtype.itemsize > min(member.file_size, EXPANSION * path.stat().st_size):
+                raise ValueError(f"{member.filename} claims the shape {shape}, which the file does not hold")
 
 
 def _pixels(array, path):

@@ -1,0 +1,240 @@
+"""Throughput of training and of the importance-weighted NLL, against the machine's own float32 matrix-product rate.
+
+    python -m vae_ood.bench > results/bench.md          both shapes, alpha = 1/4, 1 and 4: some 15 minutes on two cores
+    python -m vae_ood.bench --alpha 1 --shapes cifar10
+
+Each thing that is timed has a process of its own, and they take turns, so a noisy machine is noisy for all of them; a
+figure is the median over the rounds. `plain` is the same model and loss as most repositories write them, as it comes
+(eager, contiguous), with channels-last memory, and compiled. Its processes do not keep freed memory (cli.py).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import run
+from vae_ood.cli import Parser, one_line_errors, pick_device, positive_float, positive_int
+from vae_ood.likelihood import evaluate
+from vae_ood.model import VAE
+
+SHAPES = {"fashionmnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+KAPPA, BATCH, IW_SAMPLES = 32, 64, 16
+PLAIN = {"eager": (False, False), "eager channels-last": (False, True), "compiled": (True, False),
+         "compiled channels-last": (True, True)}  # whether it is compiled, and channels-last
+SIZES = 512, 1024, 2048, 4096  # of the matrix products
+
+
+def plain_loss(model, x, eps):
+    """The mean negative ELBO in nats of x [B, C, H, W] in [0, 1], in plain torch, without what model.py adds."""
+    h = x
+    for conv in model.encoder:
+        h = F.leaky_relu(conv(h), 0.2)
+    mu, log_sigma = model.mu(h.flatten(1)), model.log_sigma(h.flatten(1))
+    h = F.relu(model.expand(mu + log_sigma.exp() * eps)).unflatten(1, model.code_shape)
+    *inner, last = model.decoder
+    for conv in inner:
+        h = F.relu(conv(h))
+    error = (x - last(h).sigmoid()).square().flatten(1).sum(1)
+    log_likelihood = -0.5 * (error / model.log_gamma.exp() + x[0].numel() * (math.log(2 * math.pi) + model.log_gamma))
+    kl = 0.5 * (mu.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(1)
+    return (kl - log_likelihood).mean()
+
+
+def flops(shape, alpha):
+    """Floating-point operations of the network for an image: of a training step, and of the IW-NLL's decoding."""
+    with torch.device("meta"):
+        model = VAE(shape, alpha, KAPPA)
+        with FlopCounterMode(display=False) as training:
+            plain_loss(model, torch.empty(1, *shape), torch.empty(1, KAPPA)).backward()
+        with torch.no_grad(), FlopCounterMode(display=False) as decoding:
+            model.decode(torch.empty(1, KAPPA))
+    return training.get_total_flops(), decoding.get_total_flops()
+
+
+def images(n, shape):
+    """Random uint8 images."""
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, *shape), np.uint8))
+
+
+def matrix_product(device, shape, alpha):
+    """Seconds an operation of the fastest of some float32 matrix products (inverse of the rate)."""
+    pairs = [torch.rand(2, n, n, device=device) for n in SIZES]
+
+    def measure(count):
+        best = math.inf
+        for a, b in pairs:
+            repeats, started = max(1, int(2e10 * count / len(a) ** 3 / 2)), clock(device)
+            for _ in range(repeats):
+                torch.mm(a, b)
+            best = min(best, (clock(device) - started) / repeats / (2 * len(a) ** 3))
+        return best
+    return measure
+
+
+def training(device, shape, alpha):
+    """Seconds a step of run.py's own loop, logging included."""
+    args = SimpleNamespace(**dict.fromkeys(run.CONFIG), keep=1, recipe="fast", compile=None,
+                           checkpoint_seconds=math.inf)
+    vars(args).update(alpha=alpha, kappa=KAPPA, gamma="learn", schedule="constant", batch_size=BATCH, lr=1e-4, seed=0,
+                      amp=False)
+
+    def measure(steps):
+        args.iters = steps
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            run.train(args, images(2048, shape), Path(folder), device)
+            lines = Path(folder, "log.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["seconds"] / steps
+    return measure
+
+
+def network(device, shape, alpha):
+    """Seconds of the network alone in such a step: encode and decode, forward and backward."""
+    model = VAE(shape, alpha, KAPPA).to(device, memory_format=torch.channels_last)
+    x = torch.rand(BATCH, *shape, device=device).contiguous(memory_format=torch.channels_last)
+
+    def step():
+        mu, log_sigma = model.encode(x)
+        decoded = model.decode(mu)
+        torch.autograd.backward((decoded, log_sigma), (decoded.detach(), log_sigma.detach()))
+        model.zero_grad()
+    return repeated(step, device)
+
+
+def likelihood(device, shape, alpha):
+    """Seconds a decoded code of the importance-weighted NLL."""
+    model = VAE(shape, alpha, KAPPA).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def measure(steps):
+        n = max(BATCH, steps * BATCH // 4)
+        started = time.perf_counter()
+        evaluate(model, images(n, shape), IW_SAMPLES)
+        return (time.perf_counter() - started) / (n * IW_SAMPLES)
+    return measure
+
+
+def plain(device, shape, alpha, variant):
+    """Seconds a step of the plain formulation."""
+    compiled, channels_last = PLAIN[variant]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = VAE(shape, alpha, KAPPA, learn_gamma=True).to(device, memory_format=layout)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    loss = torch.compile(plain_loss) if compiled else plain_loss
+    data = images(2048, shape).float() / 255
+
+    def step():
+        x = data[torch.randint(len(data), (BATCH,))].to(device).contiguous(memory_format=layout)
+        optimizer.zero_grad()
+        loss(model, x, torch.randn(BATCH, KAPPA, device=device)).backward()
+        optimizer.step()
+    return repeated(step, device)
+
+
+def clock(device):
+    """The time, when the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def repeated(step, device):
+    """A function of a number of steps that gives the seconds of one."""
+    def measure(steps):
+        started = clock(device)
+        for _ in range(steps):
+            step()
+        return (clock(device) - started) / steps
+    return measure
+
+
+def serve(connection, threads, device_name, make, *arguments):
+    """In a process of its own: answer each number of steps by what `make`'s function measures."""
+    device = pick_device(device_name) if make is not plain else torch.device(device_name)
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        measure = make(device, *arguments)
+        measure(3)  # compiles, and warms up
+        connection.send(None)
+        while steps := connection.recv():
+            connection.send(measure(steps))
+    except Exception as error:  # torch.compile without a compiler, say
+        connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def timings(shape, alpha, args, device):
+    """{what: median seconds} of everything at one shape and alpha; what could not run is left out."""
+    jobs = {"matrix product": (matrix_product,), "training": (training,), "network": (network,),
+            "likelihood": (likelihood,)} | {variant: (plain, variant) for variant in PLAIN}
+    context, workers, seconds = multiprocessing.get_context("spawn"), {}, {}
+    for what, (make, *rest) in jobs.items():
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, daemon=True, args=(
+            theirs, torch.get_num_threads(), device.type, make, shape, alpha, *rest)).start()
+        if failure := ours.recv():
+            print(f"`{what}` could not run: {failure}\n", flush=True)
+        else:
+            workers[what], seconds[what] = ours, []
+    for number in range(args.rounds):
+        for what, connection in workers.items():
+            steps = 3 if number == 0 or what == "matrix product" else max(3, int(args.seconds / seconds[what][0]))
+            if what == "likelihood" and number:
+                steps = max(3, int(args.seconds / seconds[what][0] / IW_SAMPLES / BATCH * 4))
+            connection.send(steps)
+            seconds[what].append(connection.recv())
+            time.sleep(0.2)  # until the threads of this one have stopped spinning
+    for connection in workers.values():
+        connection.send(0)
+    return {what: statistics.median(values[1:] or values) for what, values in seconds.items()}
+
+
+def main():
+    """The command."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--alpha", nargs="+", type=positive_float, default=[0.25, 1, 4])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounds", type=positive_int, default=6, help="of everything in turn; the first only warms up")
+    parser.add_argument("--seconds", type=positive_float, default=2, help="of each thing in a round (default 2)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else (
+        f"{torch.get_num_threads()} CPU threads ({torch.backends.cpu.get_cpu_capability()})")
+    print(f"{where}; torch {torch.__version__}, float32, batches of {BATCH}, K = {IW_SAMPLES}, kappa = {KAPPA}; "
+          f"medians of {args.rounds - 1} rounds. Share: of the matrix-product rate (the best of the sizes "
+          f"{', '.join(map(str, SIZES))}, in the same rounds). Outside: the share of a training step that is not the "
+          "network's forward and backward pass (data, noise, loss, optimiser, logging).\n")
+    titles = ["shape", "alpha", "matrix product GFLOP/s", "training images/s", "GFLOP/s", "share", "outside",
+              "IW-NLL decodes/s", "GFLOP/s", "share", *(f"plain {variant} ms" for variant in PLAIN), "ours ms",
+              "plain eager / ours", "best plain / ours"]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}", flush=True)
+    for name in args.shapes:
+        for alpha in args.alpha:
+            t = timings(SHAPES[name], alpha, args, device)
+            of_step, of_decode = flops(SHAPES[name], alpha)
+            rate, step = 1 / t["matrix product"], t["training"]
+            best = min(t[variant] for variant in PLAIN if variant in t)
+            print("| " + " | ".join([
+                name, f"{alpha:g}", f"{rate / 1e9:.0f}", f"{BATCH / step:,.0f}", f"{of_step * BATCH / step / 1e9:.0f}",
+                f"{of_step * BATCH / step / rate:.0%}", f"{max(0, 1 - t['network'] / step):.1%}",
+                f"{1 / t['likelihood']:,.0f}", f"{of_decode / t['likelihood'] / 1e9:.0f}",
+                f"{of_decode / t['likelihood'] / rate:.0%}",
+                *(f"{1e3 * t[variant]:.1f}" if variant in t else "" for variant in PLAIN), f"{1e3 * step:.1f}",
+                f"{t['eager'] / step:.2f}", f"{best / step:.2f}"]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
