@@ -49,7 +49,7 @@ from vae_ood.data import CORRUPTIONS, PAIRS, PRIOR, corrupt, generator, load
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import conformal_p_values, detection, latent_spectrum, mmd
 from vae_ood.model import VAE
-from vae_ood.parallel import from_first, workers
+from vae_ood.parallel import agree, from_first, workers
 from vae_ood.scores import CONTROLS, SCORES, Features
 
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
@@ -214,6 +214,7 @@ def score_images(model, config, args, out):
     fitted = load_inliers(config, "train", args)
     print(f"fitting {args.scores[0]} to {len(fitted.pixels):,} training images, calibrating on {n:,} test images",
           flush=True)
+    agree({"train": fitted, "calibration": test, "score": own})
     train = measure(model, config, fitted, args, "train")
     calibration = measure(model, config, test, args, "calibration")
     features = measure(model, config, own, args, "score", first=n)  # its own noise: exchangeable with calibration's
@@ -253,6 +254,7 @@ def main(args):
             score_images(model, config, args, out)
         else:
             sets = {part: load_inliers(config, part, args) for part in ("train", "test")} | load_outliers(config, args)
+            agree(sets)
             from_first(lambda: make_folder(out))
             evaluate_outliers(model, config, sets, args, out)
 

@@ -100,12 +100,12 @@ import eval as evaluation
 from kernels.gaussian_log_likelihood import gaussian_log_likelihood, log_normal
 from kernels.reparameterize import reparameterize
 from vae_ood import UserError, checkpoint
-from vae_ood.cli import RANK, RESTARTS, WORLD, Progress, duration, pick_device
+from vae_ood.cli import RANK, WORLD, Progress, duration, out_of_memory, pick_device
 from vae_ood.data import DATASETS, SHUFFLE, TRAINING, generator, load, to_unit
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
-from vae_ood.parallel import agree, any_worker, from_first, part, total, workers
+from vae_ood.parallel import agree, any_worker, from_first, lost, part, total, workers
 
 CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", "gamma", "schedule", "iters",
           "batch_size", "lr", "seed", "amp")  # what determines the result; a resumed run must agree in all of it
@@ -231,7 +231,7 @@ class Training:
         try:
             self.backward(step)
         except Exception as error:
-            if not self.compiled:
+            if not self.compiled or out_of_memory(error) or lost(error):
                 raise
             if self.args.compile or WORLD > 1:
                 raise UserError(f"torch.compile failed ({type(error).__name__}): use --no-compile") from error
@@ -251,8 +251,6 @@ def train(args, images, out, device):
     """
     config = {name: getattr(args, name) for name in CONFIG} | {
         "shape": list(images.shape[1:]), "images_crc32": zlib.crc32(images.numpy())}
-    if not agree(config["images_crc32"]):
-        raise UserError("the workers do not have the same training images: give all machines the same files")
     run = Training(args, images, device)
     model, optimizer, n, d, b = run.model, run.optimizer, len(images), images[0].numel(), args.batch_size
     step, seconds_before, saved_step, ckpt = 0, 0.0, None, out / "ckpt.pt"
@@ -309,12 +307,13 @@ def train(args, images, out, device):
                 run.update(step, mse)
                 losses.append(loss)
                 step += 1
-                now = time.perf_counter()
-                stopped, saving = any_worker(bool(signals), RANK == 0 and now - saved > args.checkpoint_seconds)
+                overdue = time.perf_counter() - saved > args.checkpoint_seconds
+                stopped, saving = any_worker(bool(signals), RANK == 0 and overdue)
                 if logging or saving:
                     check(losses)
                     losses = []
                 if logging:
+                    now = time.perf_counter()
                     loss, grad_z_norm, *kl = total(torch.cat([torch.stack([loss, grad_z_norm]), kl])).tolist()
                     speed = (step - logged_step) * b / (now - logged)
                     record = {"step": step, "seconds": round(seconds_before + now - started, 3),
@@ -338,6 +337,7 @@ def train(args, images, out, device):
             with torch.no_grad():
                 model.log_gamma.fill_(math.log(max(stats["mse"].mean(), MIN_GAMMA)))
         save()
+        stopped, = any_worker(bool(signals))
     finally:
         bar.close()
         for number, handler in handlers.items():
@@ -367,9 +367,10 @@ def main(args):
             evaluation.limit_images(args, config["shape"], args.alpha, args.kappa, device)
             sets = {"train": images.first(args.max_images or evaluation.FIT_IMAGES),
                     "test": evaluation.load_inliers(config, "test", args)} | evaluation.load_outliers(config, args)
+        agree({"train": images} | sets)
         for note in images.notes:
             print(f"train: {note}")
-        with checkpoint.folder_of_run(out, *any_worker(args.resume or RESTARTS > 0)):
+        with checkpoint.folder_of_run(out, args.resume):
             model, config = train(args, images.pixels, out, device)
             if sets:
                 evaluation.evaluate_outliers(model, config, sets, args, out)

@@ -124,7 +124,7 @@ def test_bad_svhn(tmp_path):
     with pytest.raises(UserError, match="not an SVHN file"):
         load("svhn", "test", tmp_path)
     savemat(path, {"X": random_images(8, 8, 3, 5)})
-    with pytest.raises(UserError, match="X is uint8 of shape"):
+    with pytest.raises(UserError, match="X has the shape"):
         load("svhn", "test", tmp_path)
 
 

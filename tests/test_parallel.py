@@ -20,6 +20,7 @@ import torch
 import run
 from tests.conftest import ROOT
 from vae_ood import UserError, checkpoint, parallel
+from vae_ood.data import Images
 
 SMALL = ("run.py", "--alpha", 0.1, "--batch-size", 50, "--gamma", "optimal", "--lr", 1e-4, "--no-compile")
 
@@ -90,7 +91,8 @@ def test_any_number_of_workers_gives_the_same(one_worker, tmp_path, workers):
     """50 images a step and 301 a set cannot be shared equally. The losses agree to the order of summation, and a
     checkpoint's evaluation in every count, and to 1e-6 in every value."""
     out, again = tmp_path / "run", tmp_path / "again"
-    finished(torchrun(workers, *SMALL, "--iters", 200, "--dequantize", "--no-eval", "--out", out))
+    finished(torchrun(workers, *SMALL, "--iters", 200, "--dequantize", "--iw-samples", 1, "--max-images", 50,
+                      "--scores", "nll", "--outliers", "noise", "--out", out))
     assert same_losses(one_worker, out)
     for key in ("mse", "gamma", "kl", "grad_norm", "grad_z_norm"):
         np.testing.assert_allclose([r[key] for r in log(out)], [r[key] for r in log(one_worker)], rtol=1e-2)
@@ -134,6 +136,33 @@ def test_workers_need_an_image_of_each_step(monkeypatch):
         run.main(SimpleNamespace(scores=["nll"], device="cpu", batch_size=2))
 
 
+def test_restarts_do_not_go_on_with_a_run_of_another_launch(one_worker):
+    process = torchrun(1, *SMALL, "--iters", 200, "--dequantize", "--no-eval", "--out", one_worker, max_restarts=1)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode and output.count("already holds a run: add --resume") == 2
+
+
+def test_workers_with_different_images_are_refused(monkeypatch):
+    one, other = (Images("a", torch.full((2, 1, 4, 4), value, dtype=torch.uint8)) for value in (1, 2))
+    numbers = []
+    monkeypatch.setattr(parallel, "WORLD", 2)
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda ends, how: numbers.append(ends.clone()))
+    for sets in ({"train": one}, {"train": one}, {"train": other}, {"test": one}, {"train": one.first(1)}):
+        parallel.agree(sets)
+    assert torch.equal(numbers[0], numbers[1]) and len({n[0].item() for n in numbers}) == 4
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda ends, how: ends.copy_(torch.maximum(*numbers[1:3])))
+    with pytest.raises(UserError, match="do not have the same images"):
+        parallel.agree({"train": one})
+
+
+@pytest.mark.slow
+def test_compiled_workers_give_the_same(tmp_path):
+    arguments = ("run.py", "--alpha", 1, "--iters", 50, "--gamma", "optimal", "--lr", 1e-4, "--no-eval")
+    finished(torchrun(1, *arguments, "--no-compile", "--out", tmp_path / "a"))
+    finished(torchrun(2, *arguments, "--compile", "--out", tmp_path / "b"))
+    assert same_losses(tmp_path / "a", tmp_path / "b")
+
+
 @pytest.mark.slow
 def test_another_number_of_workers_goes_on(one_worker, tmp_path):
     arguments = (*SMALL, "--iters", 200, "--dequantize", "--no-eval", "--out", tmp_path / "run")
@@ -164,11 +193,12 @@ def disturbed(out, arguments, workers, number, faults, seed, max_restarts):
     return finished(process)
 
 
-@pytest.mark.parametrize("faults", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_workers_that_are_killed_change_nothing(tmp_path, faults):
+@pytest.mark.parametrize(("workers", "faults"), [(2, 1), pytest.param(3, 10, marks=pytest.mark.slow)])
+def test_workers_that_are_killed_change_nothing(tmp_path, workers, faults):
     arguments = (*SMALL, "--iters", 200 * faults, "--no-eval", "--checkpoint-seconds", 0.1)
-    finished(torchrun(2, *arguments, "--out", tmp_path / "whole"))
-    disturbed(tmp_path / "pieces", arguments, 2, signal.SIGKILL, faults, faults, max_restarts=faults)
+    finished(torchrun(workers, *arguments, "--out", tmp_path / "whole"))
+    output = disturbed(tmp_path / "pieces", arguments, workers, signal.SIGKILL, faults, faults, max_restarts=faults)
+    assert output.count("resuming") == faults
     assert same_parameters(tmp_path / "whole", tmp_path / "pieces")
     assert [r["step"] for r in log(tmp_path / "pieces")] == [r["step"] for r in log(tmp_path / "whole")]
 
@@ -178,7 +208,7 @@ def test_a_worker_that_hangs_is_replaced(tmp_path):
     arguments = (*SMALL, "--iters", 400, "--no-eval", "--checkpoint-seconds", 0.1, "--timeout", 5)
     finished(torchrun(2, *arguments, "--out", tmp_path / "whole"))
     started = time.monotonic()
-    disturbed(tmp_path / "pieces", arguments, 2, signal.SIGSTOP, 1, 0, max_restarts=1)
+    assert "resuming" in disturbed(tmp_path / "pieces", arguments, 2, signal.SIGSTOP, 1, 0, max_restarts=1)
     assert time.monotonic() - started < 100  # torchrun waits for 30 s before it kills what does not end
     assert same_parameters(tmp_path / "whole", tmp_path / "pieces")
 

@@ -4,8 +4,11 @@ import json
 import re
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
+from vae_ood.bench import flops
+from vae_ood.model import VAE
 
 
 @pytest.mark.parametrize("script", ["run.py", "eval.py"])
@@ -31,3 +34,14 @@ def test_the_readme_quotes_the_measured_results():
         quoted = f"| `{name}` | MNIST | {row['auroc']:.4f} [{low:.4f}, {high:.4f}] | {row['aupr']:.4f} | "
         quoted += f"{row['fpr95']:.4f} |"
         assert quoted in readme
+
+
+@pytest.mark.parametrize("alpha", [4, 8])
+def test_the_readme_counts_what_the_papers_protocol_takes(alpha):
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in VAE((3, 32, 32), alpha, 32).parameters())
+    step, travelling = 64 * flops((3, 32, 32), alpha)[0], 2 * 7 / 8 * 4 * parameters  # a ring of 8, float32
+    minutes = [200_000 * seconds / 60 for seconds in (step / 495e12 / 0.3, step / 8 / 495e12 / 0.1, travelling / 300e9)]
+    row = (f"| {alpha} | {parameters:,} | {step / 1e9:,.1f} | {200_000 * step / 1e15:.1f} | {minutes[0]:.0f} min | "
+           f"{minutes[1]:.0f} min | {travelling / 1e6:.0f} MB | {minutes[2]:.0f} min |")
+    assert row in (ROOT / "README.md").read_text()

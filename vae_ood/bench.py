@@ -15,6 +15,7 @@ import json
 import math
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import run
+from vae_ood import UserError
 from vae_ood.cli import Parser, one_line_errors, pick_device, positive_float, positive_int
 from vae_ood.likelihood import evaluate
 from vae_ood.model import VAE
@@ -71,6 +73,7 @@ def images(n, shape):
 
 def matrix_product(device, shape, alpha):
     """Seconds an operation of the fastest of some float32 matrix products (inverse of the rate)."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as in the convolutions
     pairs = [torch.rand(2, n, n, device=device) for n in SIZES]
 
     def measure(count):
@@ -86,6 +89,7 @@ def matrix_product(device, shape, alpha):
 
 def training(device, shape, alpha):
     """Seconds a step of run.py's own loop, logging included."""
+    pixels = images(2048, shape)
     args = SimpleNamespace(**dict.fromkeys(run.CONFIG), keep=1, recipe="fast", compile=None,
                            checkpoint_seconds=math.inf)
     vars(args).update(alpha=alpha, kappa=KAPPA, gamma="learn", schedule="constant", batch_size=BATCH, lr=1e-4, seed=0,
@@ -94,7 +98,7 @@ def training(device, shape, alpha):
     def measure(steps):
         args.iters = steps
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            run.train(args, images(2048, shape), Path(folder), device)
+            run.train(args, pixels, Path(folder), device)
             lines = Path(folder, "log.jsonl").read_text().splitlines()
         return json.loads(lines[-1])["seconds"] / steps
     return measure
@@ -114,14 +118,14 @@ def network(device, shape, alpha):
 
 
 def likelihood(device, shape, alpha):
-    """Seconds a decoded code of the importance-weighted NLL."""
+    """Seconds of the importance-weighted NLL of BATCH images, of IW_SAMPLES codes each."""
     model = VAE(shape, alpha, KAPPA).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def measure(steps):
-        n = max(BATCH, steps * BATCH // 4)
+        pixels = images(steps * BATCH, shape)
         started = time.perf_counter()
-        evaluate(model, images(n, shape), IW_SAMPLES)
-        return (time.perf_counter() - started) / (n * IW_SAMPLES)
+        evaluate(model, pixels, IW_SAMPLES)
+        return (time.perf_counter() - started) / steps
     return measure
 
 
@@ -161,17 +165,29 @@ def repeated(step, device):
 
 def serve(connection, threads, device_name, make, *arguments):
     """In a process of its own: answer each number of steps by what `make`'s function measures."""
-    device = pick_device(device_name) if make is not plain else torch.device(device_name)
-    if threads:
-        torch.set_num_threads(threads)
     try:
+        device = torch.device(device_name) if make is plain else pick_device(device_name)
+        torch.set_num_threads(threads)
         measure = make(device, *arguments)
         measure(3)  # compiles, and warms up
         connection.send(None)
         while steps := connection.recv():
             connection.send(measure(steps))
     except Exception as error:  # torch.compile without a compiler, say
-        connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        connection.send(f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def answer(connection, what, needed=True):
+    """What the process that times `what` sends; where it failed, UserError if it is needed, else why."""
+    try:
+        value = connection.recv()
+    except EOFError:
+        value = "its process was killed: is there enough memory?"
+    if isinstance(value, str):
+        if needed:
+            raise UserError(f"timing the {what} failed ({value})")
+        print(f"`{what}` could not run: {value}\n", file=sys.stderr)
+    return value
 
 
 def timings(shape, alpha, args, device):
@@ -183,17 +199,14 @@ def timings(shape, alpha, args, device):
         ours, theirs = context.Pipe()
         context.Process(target=serve, daemon=True, args=(
             theirs, torch.get_num_threads(), device.type, make, shape, alpha, *rest)).start()
-        if failure := ours.recv():
-            print(f"`{what}` could not run: {failure}\n", flush=True)
-        else:
+        theirs.close()  # so that the end of the process is noticed
+        if answer(ours, what, needed="compiled" not in what) is None:
             workers[what], seconds[what] = ours, []
     for number in range(args.rounds):
         for what, connection in workers.items():
-            steps = 3 if number == 0 or what == "matrix product" else max(3, int(args.seconds / seconds[what][0]))
-            if what == "likelihood" and number:
-                steps = max(3, int(args.seconds / seconds[what][0] / IW_SAMPLES / BATCH * 4))
+            steps = 3 if number == 0 or what == "matrix product" else max(1, int(args.seconds / seconds[what][0]))
             connection.send(steps)
-            seconds[what].append(connection.recv())
+            seconds[what].append(answer(connection, what))
             time.sleep(0.2)  # until the threads of this one have stopped spinning
     for connection in workers.values():
         connection.send(0)
@@ -224,13 +237,12 @@ def main():
         for alpha in args.alpha:
             t = timings(SHAPES[name], alpha, args, device)
             of_step, of_decode = flops(SHAPES[name], alpha)
-            rate, step = 1 / t["matrix product"], t["training"]
+            rate, step, decodes = 1 / t["matrix product"], t["training"], IW_SAMPLES * BATCH / t["likelihood"]
             best = min(t[variant] for variant in PLAIN if variant in t)
             print("| " + " | ".join([
                 name, f"{alpha:g}", f"{rate / 1e9:.0f}", f"{BATCH / step:,.0f}", f"{of_step * BATCH / step / 1e9:.0f}",
                 f"{of_step * BATCH / step / rate:.0%}", f"{max(0, 1 - t['network'] / step):.1%}",
-                f"{1 / t['likelihood']:,.0f}", f"{of_decode / t['likelihood'] / 1e9:.0f}",
-                f"{of_decode / t['likelihood'] / rate:.0%}",
+                f"{decodes:,.0f}", f"{of_decode * decodes / 1e9:.0f}", f"{of_decode * decodes / rate:.0%}",
                 *(f"{1e3 * t[variant]:.1f}" if variant in t else "" for variant in PLAIN), f"{1e3 * step:.1f}",
                 f"{t['eager'] / step:.2f}", f"{best / step:.2f}"]) + " |", flush=True)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from vae_ood import UserError
-from vae_ood.cli import lock, make_folder
+from vae_ood.cli import RESTARTS, lock, make_folder, out_of_memory
 from vae_ood.model import VAE
-from vae_ood.parallel import from_first
+from vae_ood.parallel import any_worker, from_first
 
 VERSION = 1
 
@@ -71,8 +71,8 @@ def earlier(path):
 def load_newest(path):
     """(state, notes) of the newest good one of `path` and those kept beside it, or (None, []) where there is none at
     all; the notes name those that are damaged. Raises UserError if all are, or if one is of a newer version."""
-    found, notes = [file for file in (Path(path), *(file for _, file in earlier(Path(path)))) if file.exists()], []
-    for file in found:
+    path, notes = Path(path), []
+    for file in ([path] if path.exists() else []) + [old for _, old in earlier(path)]:
         try:
             return load(file), notes
         except Damaged as error:
@@ -95,6 +95,8 @@ def load(path):
                 raise zipfile.BadZipFile
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a foreign, damaged or malicious file makes torch raise
+        if out_of_memory(error):
+            raise
         reason = "it asks to run code" if "GLOBAL" in str(error) else "foreign or damaged"
         raise Damaged(f"{path} is not a checkpoint of run.py ({reason}): nothing in it was executed") from None
     version = state.get("version") if isinstance(state, dict) else None
@@ -139,15 +141,24 @@ def load_model(path, device="cpu"):
 
 @contextmanager
 def folder_of_run(out, resume):
-    """The folder of a run, made and held by worker 0 alone; UserError where it holds a run that is not to go on."""
+    """The folder of a run, made and held by worker 0 alone; UserError where it holds a run that is not to go on.
+
+    Workers that torchrun starts again go on with the run that they had begun, which the file .torchrun tells.
+    """
+    restarted, = any_worker(RESTARTS > 0)
+
     def claim():
         make_folder(out)
         try:
             held.enter_context(lock(out, wait=False))
         except BlockingIOError:
             raise UserError(f"another run is writing to {out}: wait for its end, or give another --out") from None
-        if (out / "ckpt.pt").exists() and not resume:
+        begun, holds = out / ".torchrun", (out / "ckpt.pt").exists() or earlier(out / "ckpt.pt")
+        if holds and not resume and not (restarted and begun.exists()):
+            begun.unlink(missing_ok=True)
             raise UserError(f"{out} already holds a run: add --resume to go on with it, or give another --out")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            begun.touch()
 
     with ExitStack() as held:
         from_first(claim)

@@ -16,8 +16,9 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-RANK, LOCAL_RANK, WORLD, RESTARTS = (int(os.environ.get(name, default)) for name, default in (
-    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0)))  # as torchrun sets them
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD, RESTARTS = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
+    ("TORCHELASTIC_RESTART_COUNT", 0)))  # as torchrun sets them
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,10 +28,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def out_of_memory(error):
+    """Whether an exception, Python's or torch's, says that there is not enough memory."""
+    return isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
+
+
 @contextmanager
 def one_line_errors():
     """Exit codes of a command: 2 a user's mistake, told in one line on stderr; 130 interrupted. Of several workers, the
-    first alone prints, and the first of each machine its errors."""
+    first alone prints, and the first of each machine tells the mistakes."""
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
     try:
@@ -40,7 +46,7 @@ def one_line_errors():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+        if not out_of_memory(error):
             raise
         print("error: out of memory: choose a smaller --alpha, --kappa or --batch-size, or smaller images",
               file=sys.stderr)
@@ -111,9 +117,9 @@ def pick_device(name):
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if torch.cuda.device_count() <= LOCAL_RANK:
-        raise UserError(f"worker {LOCAL_RANK} of this machine has no GPU, there are {torch.cuda.device_count()}: give "
-                        "torchrun a smaller --nproc-per-node, or --device cpu")
+    if torch.cuda.device_count() < LOCAL_WORLD:
+        raise UserError(f"{LOCAL_WORLD} workers on a machine of {torch.cuda.device_count()} GPUs: give torchrun a "
+                        "smaller --nproc-per-node, or --device cpu")
     torch.cuda.set_device(LOCAL_RANK)
     return torch.device("cuda", LOCAL_RANK)
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import socket
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -235,20 +236,46 @@ def _cifar10(folder, split):
 def _svhn(folder, split):
     path = fetch(folder, f"{split}_32x32.mat")
     try:
-        import scipy.io
-    except ImportError:
-        raise UserError(f"reading {path} needs scipy: pip install scipy") from None
-    try:
-        shape, kind = next((shape, kind) for name, shape, kind in scipy.io.whosmat(path) if name == "X")
-        if kind != "uint8" or shape[:3] != (32, 32, 3) or not 0 < math.prod(shape) <= EXPANSION * path.stat().st_size:
-            raise ValueError(f"X is {kind} of shape {shape}, not uint8 of 32x32x3xN")
-        pixels = scipy.io.loadmat(path, variable_names=["X"])["X"]
-        if pixels.dtype != np.uint8 or pixels.shape != shape or len(shape) != 4:
-            raise ValueError("its header and its content differ")
-    except Exception as error:  # scipy raises nearly anything on a damaged file
-        raise UserError(f"{path} is not an SVHN file or is damaged ({_reason(error)}): delete it or replace "
-                        "it") from None
+        pixels = _matlab_array(path.read_bytes(), b"X")
+        if pixels.shape[:3] != (32, 32, 3) or pixels.ndim != 4 or not pixels.size:
+            raise ValueError(f"X has the shape {pixels.shape}, not 32x32x3xN")
+    except (ValueError, TypeError, struct.error, zlib.error) as error:
+        raise UserError(f"{path} is not an SVHN file or is damaged ({error}): delete it or replace it") from None
     return Images(folder.name, torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1))))
+
+
+def _matlab_array(data, name):
+    """The uint8 array `name` of the bytes of a little-endian MATLAB 5 file; scipy's reader crashes on damaged ones.
+
+    The format: MathWorks, "MAT-File Format", chapter 1. Raises ValueError, TypeError, struct.error or zlib.error.
+    """
+    compressed, matrix, uint8, uint8_class = 15, 14, 2, 9
+
+    def elements(data):
+        place = 0
+        while place < len(data):
+            kind, size = struct.unpack_from("<II", data, place)
+            start = place + 8
+            if kind >> 16:  # a small one: both numbers in four bytes, then the content
+                kind, size, start = kind & 0xFFFF, kind >> 16, place + 4
+            if start + size > len(data):
+                raise ValueError("it is cut off")
+            yield kind, data[start:start + size]
+            place = start + size if kind == compressed else (start + size + 7) // 8 * 8
+
+    if data[124:128] != b"\0\1IM":
+        raise ValueError("its header is not MATLAB 5's")
+    for kind, content in elements(memoryview(data)[128:]):
+        if kind == compressed:
+            (kind, content), *_ = elements(memoryview(zlib.decompressobj().decompress(content, EXPANSION * len(data))))
+        if kind != matrix:
+            continue
+        (_, flags), (_, shape), (_, label), (stored, values), *_ = elements(content)
+        if bytes(label) == name:
+            if stored != uint8 or bytes(flags[:1]) != bytes([uint8_class]):
+                raise ValueError(f"{name.decode()} is not uint8")
+            return np.frombuffer(values, np.uint8).reshape(np.frombuffer(shape, "<i4"), order="F")
+    raise ValueError(f"it holds no array {name.decode()}")
 
 
 def _celeba(folder, split):
@@ -395,7 +422,6 @@ def _arrays(path, split):
         loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # mmap checks the size that the header claims
         if isinstance(loaded, np.ndarray):
             return Images(str(path), _pixels(loaded, path)), False
-        _check_sizes(path)
         with loaded:
             parts = ["train_images", "test_images"]
             if ready := set(parts) <= set(loaded.files):
@@ -405,6 +431,7 @@ def _arrays(path, split):
             else:
                 raise UserError(f"{path} holds the arrays {', '.join(loaded.files)}: name one of them 'images', or two "
                                 "of them 'train_images' and 'test_images'")
+            _check_sizes(path, wanted)
             pixels = [_pixels(loaded[key], path) for key in wanted]
             if len({p.shape[1:] for p in pixels}) > 1:
                 raise UserError(f"the training and test images of {path} differ in shape: make them equal")
@@ -421,12 +448,12 @@ def _reason(error):
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _check_sizes(path):
-    """ValueError where an array of an .npz, or the archive, claims to be larger than it can be: numpy would allocate
-    first."""
+def _check_sizes(path, names):
+    """ValueError where one of the arrays of an .npz, or the archive, claims to be larger than it can be: numpy would
+    allocate first."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
+        for member in map(archive.getinfo, (f"{name}.npy" for name in names)):
             with archive.open(member) as file:
                 shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
             if math.prod(shape) * dtype.itemsize > min(member.file_size, EXPANSION * path.stat().st_size):

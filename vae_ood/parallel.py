@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -20,13 +21,16 @@ from torch.distributed.rendezvous import rendezvous
 from vae_ood import UserError
 from vae_ood.cli import RANK, WORLD
 
-LOST = re.compile(r"gloo|nccl|connection|socket|timed? ?out|TCPStore", re.IGNORECASE)  # what torch says of lost workers
+
+def lost(error):
+    """Whether an exception says that another worker is gone or does not answer."""
+    return bool(re.search("gloo|nccl|connection|socket|timed? ?out|TCPStore", str(error), re.IGNORECASE))
 
 
 @contextmanager
 def workers(device, timeout):
     """The group of all workers, NCCL for CUDA tensors and Gloo for the rest. A worker that is lost, or that does not
-    answer for `timeout` seconds, ends this one with exit code 1, for torchrun to start all of them again."""
+    answer for `timeout` seconds, ends this one, for torchrun to start all of them again."""
     if WORLD == 1:
         yield
         return
@@ -36,11 +40,12 @@ def workers(device, timeout):
         yield
         dist.destroy_process_group()
     except RuntimeError as error:
-        if not LOST.search(str(error)):
+        if not lost(error):
             raise
         print(f"worker {RANK}: another worker is gone or hangs ({str(error).splitlines()[0][:200]}); torchrun starts "
               "all again if --max-restarts allows it, and they go on from the last checkpoint", file=sys.stderr)
-        sys.exit(1)
+        sys.stderr.flush()
+        os._exit(1)  # at once: a kernel of NCCL that waits for the lost worker would hold the interpreter's own end
 
 
 def _store(timeout):
@@ -81,12 +86,17 @@ def any_worker(*flags):
     return raised.bool().tolist()
 
 
-def agree(number):
-    """Whether an integer is the same on every worker."""
+def agree(sets):
+    """UserError unless the sets {name: Images} are the same on every worker."""
+    if WORLD == 1:
+        return
+    number = 0
+    for name, images in sets.items():
+        number = zlib.crc32(images.pixels.numpy(), zlib.crc32(f"{name} {images.pixels.shape}".encode(), number))
     ends = torch.tensor([number, -number])
-    if WORLD > 1:
-        dist.all_reduce(ends, dist.ReduceOp.MAX)
-    return bool(ends[0] == -ends[1])
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    if ends[0] != -ends[1]:
+        raise UserError("the workers do not have the same images: give all machines the same files")
 
 
 def from_first(function):

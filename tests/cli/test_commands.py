@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(command, tmp_path):
     arguments = (*TINY, "--iters", 120, "--no-eval", "--checkpoint-seconds", 0, "--out", tmp_path / "a")
     command(*arguments)
     whole, ckpt = parameters(tmp_path / "a"), tmp_path / "a" / "ckpt.pt"
-    assert [p.name for p in (tmp_path / "a").glob("*.pt")].count("ckpt.pt") == 1
+    assert {p.name for p in (tmp_path / "a").glob("*.pt")} == {"ckpt.pt", "ckpt-119.pt"}
     ckpt.write_bytes(ckpt.read_bytes()[:100_000])
     with open(tmp_path / "a" / "log.jsonl", "a") as file:
         file.write('{"step": 12')
@@ -381,7 +381,7 @@ def without(package, folder):
     return os.environ | {"PYTHONPATH": str(folder / "hide")}
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "PIL", "scipy"])
+@pytest.mark.parametrize("package", ["matplotlib", "PIL"])
 def test_without_an_optional_package(command, tiny_run, tmp_path, package):
     environment, (out, _) = without(package, tmp_path), tiny_run
     result = command("eval.py", "--ckpt", out / "ckpt.pt", "--iw-samples", 1, "--max-images", 20, "--out",
@@ -391,12 +391,6 @@ def test_without_an_optional_package(command, tiny_run, tmp_path, package):
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
         result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path, check=False, env=environment)
         assert refused(result, "pip install Pillow\n")
-    if package == "scipy":
-        (tmp_path / "svhn").mkdir()
-        (tmp_path / "svhn" / "test_32x32.mat").touch()
-        result = command("eval.py", "--ckpt", out / "ckpt.pt", "--outliers", "svhn", "--data-root", tmp_path,
-                         check=False, env=environment)
-        assert refused(result, "pip install scipy")
 
 
 @pytest.mark.parametrize("installed", [True, False])
