@@ -22,6 +22,19 @@ def test_the_page_says_what_the_json_files_say():
     assert kept == {f"{run.folder[:-1]}{seed}" for run in detection.RUNS.values() for seed in range(detection.SEEDS)}
 
 
+def test_the_readme_quotes_the_page():
+    """Every row of its table of results: AUROC, FPR95, the best control and the best other score."""
+    sections = dict(re.findall(r"^## Inliers: (\w+)\n(.*?)(?=^## )", detection.page(RESULTS), re.DOTALL | re.MULTILINE))
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d[^|]* ± [^|]*) \| ([\d.]+) \| `(.*?)` ([\d.]+) \| `(.*?)` ([\d.]+) \|",
+                      (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) > 9
+    for inliers, outliers, auroc, fpr95, control, of_control, best, of_best in rows:
+        summary, scores = (re.search(rf"^\| {start}.*", sections[inliers], re.MULTILINE)[0]
+                           for start in (rf"{outliers}[ (]", "default"))
+        assert f"| {auroc}, {fpr95} |" in scores
+        assert f"| {control} {of_control}: " in summary and f"| {best} {of_best} |" in summary
+
+
 def test_a_changed_number_changes_the_page_and_its_verdicts(tmp_path):
     shutil.copytree(RESULTS / "detection", tmp_path / "detection")
     for path in (tmp_path / "detection").glob("cifar10*.json"):
