@@ -36,6 +36,15 @@ def test_the_readme_quotes_the_measured_results():
         assert quoted in readme
 
 
+def test_the_readme_quotes_the_measured_throughput():
+    lines = re.findall(r"^\| (?:fashionmnist|cifar10) .*", (ROOT / "results/bench.md").read_text(), re.MULTILINE)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(rows) == 6
+    for row in rows:
+        quoted = [row[i] for i in (0, 1, 3, 5, 6, 7, 9, 14)] + [f"{row[i]}\N{MULTIPLICATION SIGN}" for i in (15, 16)]
+        assert f"| {' | '.join(quoted)} |" in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("alpha", [4, 8])
 def test_the_readme_counts_what_the_papers_protocol_takes(alpha):
     with torch.device("meta"):

@@ -1,6 +1,6 @@
 """Throughput of training and of the importance-weighted NLL, against the machine's own float32 matrix-product rate.
 
-    python -m vae_ood.bench > results/bench.md          both shapes, alpha = 1/4, 1 and 4: some 15 minutes on two cores
+    python -m vae_ood.bench > results/bench.md          both shapes, alpha = 1/4, 1 and 4: 17 minutes on two cores
     python -m vae_ood.bench --alpha 1 --shapes cifar10
 
 Each thing that is timed has a process of its own, and they take turns, so a noisy machine is noisy for all of them; a
