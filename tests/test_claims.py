@@ -24,6 +24,12 @@ def test_every_claim_of_the_design_is_on_the_page():
             assert any(check["claim"].startswith(word) for check in checks), claim
 
 
+def test_every_check_of_p2_is_in_one_verdict():
+    words = [word for _, name, word, _ in claims.CLAIMS if name == "reproduce/compute"]
+    for check in json.loads((RESULTS / "reproduce/compute.json").read_text())["claims"]:
+        assert sum(check["claim"].startswith(word) for word in words) == 1, check["claim"]
+
+
 def test_a_changed_number_changes_the_page_and_its_verdict(tmp_path):
     shutil.copytree(RESULTS, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.png", "*.pt"))
     path = tmp_path / "reproduce/table1.json"
