@@ -214,7 +214,7 @@ def score_images(model, config, args, out):
     fitted = load_inliers(config, "train", args)
     print(f"fitting {args.scores[0]} to {len(fitted.pixels):,} training images, calibrating on {n:,} test images",
           flush=True)
-    agree({"train": fitted, "calibration": test, "score": own})
+    agree({"train": fitted, "calibration": test, "score": own}, [args.iw_samples, args.scores, args.fpr])
     train = measure(model, config, fitted, args, "train")
     calibration = measure(model, config, test, args, "calibration")
     features = measure(model, config, own, args, "score", first=n)  # its own noise: exchangeable with calibration's
@@ -254,7 +254,7 @@ def main(args):
             score_images(model, config, args, out)
         else:
             sets = {part: load_inliers(config, part, args) for part in ("train", "test")} | load_outliers(config, args)
-            agree(sets)
+            agree(sets, [args.iw_samples, args.scores])
             from_first(lambda: make_folder(out))
             evaluate_outliers(model, config, sets, args, out)
 

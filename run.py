@@ -105,7 +105,7 @@ from vae_ood.data import DATASETS, SHUFFLE, TRAINING, generator, load, to_unit
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
-from vae_ood.parallel import agree, any_worker, from_first, lost, part, total, workers
+from vae_ood.parallel import agree, any_worker, from_first, part, total, workers
 
 CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", "gamma", "schedule", "iters",
           "batch_size", "lr", "seed", "amp")  # what determines the result; a resumed run must agree in all of it
@@ -231,9 +231,9 @@ class Training:
         try:
             self.backward(step)
         except Exception as error:
-            if not self.compiled or out_of_memory(error) or lost(error):
+            if not self.compiled or WORLD > 1 or out_of_memory(error):
                 raise
-            if self.args.compile or WORLD > 1:
+            if self.args.compile:
                 raise UserError(f"torch.compile failed ({type(error).__name__}): use --no-compile") from error
             print(f"training without torch.compile, which failed ({type(error).__name__}); see --no-compile")
             self.objective, self.compiled = self.objective._orig_mod, False
@@ -264,6 +264,7 @@ def train(args, images, out, device):
                                 "with the same flags, or give another --out")
         checkpoint.restore(state, ckpt, model, optimizer)
         step, seconds_before = state["step"], state["seconds"]
+        del state  # as large as the model and its optimiser
         saved_step = None if notes else step  # a damaged file is not to be kept
         print(*notes, f"resuming {out} at step {step:,}", sep="\n")
     if RANK == 0:
@@ -367,7 +368,7 @@ def main(args):
             evaluation.limit_images(args, config["shape"], args.alpha, args.kappa, device)
             sets = {"train": images.first(args.max_images or evaluation.FIT_IMAGES),
                     "test": evaluation.load_inliers(config, "test", args)} | evaluation.load_outliers(config, args)
-        agree({"train": images} | sets)
+        agree({"train": images} | sets, [getattr(args, name) for name in (*CONFIG, "iw_samples", "scores")])
         for note in images.notes:
             print(f"train: {note}")
         with checkpoint.folder_of_run(out, args.resume):

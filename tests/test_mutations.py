@@ -129,7 +129,7 @@ def npy():
     return buffer.getvalue()
 
 
-IDX, CIFAR = idx(random_images(3, 8, 8)), cifar(random_images(3, 3, 32, 32))
+IDX, CIFAR, ZIP = idx(random_images(3, 8, 8)), cifar(random_images(3, 3, 32, 32)), jpegs()
 FILES = {  # kind: (what is mutated, what makes the file of it, the file, the name of the data or None)
     "idx": (IDX, bytes, "mnist/t10k-images-idx3-ubyte", "mnist"),
     "idx.gz": (gzip.compress(IDX), bytes, "mnist/t10k-images-idx3-ubyte.gz", "mnist"),
@@ -143,7 +143,8 @@ FILES = {  # kind: (what is mutated, what makes the file of it, the file, the na
     "npy": (npy(), bytes, "a.npy", None),
     "npz": (npz(npy()), bytes, "a.npz", None),
     "npy in npz": (npy(), npz, "a.npz", None),
-    "zip": (jpegs(), bytes, "celeba/img_align_celeba.zip", "celeba"),
+    "directory of zip": (ZIP[-200:], lambda end: ZIP[:-200] + end, "celeba/img_align_celeba.zip", "celeba"),
+    "zip": (ZIP, bytes, "celeba/img_align_celeba.zip", "celeba"),
 }
 
 

@@ -136,6 +136,7 @@ def test_workers_need_an_image_of_each_step(monkeypatch):
         run.main(SimpleNamespace(scores=["nll"], device="cpu", batch_size=2))
 
 
+@pytest.mark.slow
 def test_restarts_do_not_go_on_with_a_run_of_another_launch(one_worker):
     process = torchrun(1, *SMALL, "--iters", 200, "--dequantize", "--no-eval", "--out", one_worker, max_restarts=1)
     output, _ = process.communicate(timeout=100)
@@ -148,11 +149,12 @@ def test_workers_with_different_images_are_refused(monkeypatch):
     monkeypatch.setattr(parallel, "WORLD", 2)
     monkeypatch.setattr(parallel.dist, "all_reduce", lambda ends, how: numbers.append(ends.clone()))
     for sets in ({"train": one}, {"train": one}, {"train": other}, {"test": one}, {"train": one.first(1)}):
-        parallel.agree(sets)
-    assert torch.equal(numbers[0], numbers[1]) and len({n[0].item() for n in numbers}) == 4
+        parallel.agree(sets, [0.1])
+    parallel.agree({"train": one}, [0.2])
+    assert torch.equal(numbers[0], numbers[1]) and len({n[0].item() for n in numbers}) == 5
     monkeypatch.setattr(parallel.dist, "all_reduce", lambda ends, how: ends.copy_(torch.maximum(*numbers[1:3])))
     with pytest.raises(UserError, match="do not have the same images"):
-        parallel.agree({"train": one})
+        parallel.agree({"train": one}, [0.1])
 
 
 @pytest.mark.slow
@@ -193,7 +195,8 @@ def disturbed(out, arguments, workers, number, faults, seed, max_restarts):
     return finished(process)
 
 
-@pytest.mark.parametrize(("workers", "faults"), [(2, 1), pytest.param(3, 10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "faults"), [(2, 1), (3, 10)])
 def test_workers_that_are_killed_change_nothing(tmp_path, workers, faults):
     arguments = (*SMALL, "--iters", 200 * faults, "--no-eval", "--checkpoint-seconds", 0.1)
     finished(torchrun(workers, *arguments, "--out", tmp_path / "whole"))

@@ -1,6 +1,6 @@
 """Throughput of training and of the importance-weighted NLL, against the machine's own float32 matrix-product rate.
 
-    python -m vae_ood.bench > results/bench.md          both shapes, alpha = 1/4, 1 and 4: 17 minutes on two cores
+    python -m vae_ood.bench > results/bench.md          both shapes, alpha = 1/4, 1 and 4: 20 minutes on two cores
     python -m vae_ood.bench --alpha 1 --shapes cifar10
 
 Each thing that is timed has a process of its own, and they take turns, so a noisy machine is noisy for all of them; a
@@ -177,11 +177,13 @@ def serve(connection, threads, device_name, make, *arguments):
         connection.send(f"{type(error).__name__}: {str(error)[:200]}")
 
 
-def answer(connection, what, needed=True):
-    """What the process that times `what` sends; where it failed, UserError if it is needed, else why."""
+def answer(connection, what, steps=0, needed=True):
+    """What the process that times `what` sends, of some steps; where it failed, UserError if it is needed, else why."""
     try:
+        if steps:
+            connection.send(steps)
         value = connection.recv()
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         value = "its process was killed: is there enough memory?"
     if isinstance(value, str):
         if needed:
@@ -205,8 +207,7 @@ def timings(shape, alpha, args, device):
     for number in range(args.rounds):
         for what, connection in workers.items():
             steps = 3 if number == 0 or what == "matrix product" else max(1, int(args.seconds / seconds[what][0]))
-            connection.send(steps)
-            seconds[what].append(answer(connection, what))
+            seconds[what].append(answer(connection, what, steps))
             time.sleep(0.2)  # until the threads of this one have stopped spinning
     for connection in workers.values():
         connection.send(0)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from vae_ood import UserError
-from vae_ood.cli import RESTARTS, lock, make_folder, out_of_memory
+from vae_ood.cli import lock, make_folder, out_of_memory
 from vae_ood.model import VAE
-from vae_ood.parallel import any_worker, from_first
+from vae_ood.parallel import from_first
 
 VERSION = 1
 
@@ -89,6 +89,8 @@ def load(path):
         data = Path(path).read_bytes()  # here, not in torch, whose OSErrors may mean a damaged file
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: give the ckpt.pt that run.py wrote") from None
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read ({error.strerror}): give another checkpoint") from None
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if archive.testzip():  # torch does not look at the checksums
@@ -143,22 +145,20 @@ def load_model(path, device="cpu"):
 def folder_of_run(out, resume):
     """The folder of a run, made and held by worker 0 alone; UserError where it holds a run that is not to go on.
 
-    Workers that torchrun starts again go on with the run that they had begun, which the file .torchrun tells.
+    Workers that torchrun starts again go on with the run that they had begun: the file .torchrun has its number.
     """
-    restarted, = any_worker(RESTARTS > 0)
-
     def claim():
         make_folder(out)
         try:
             held.enter_context(lock(out, wait=False))
         except BlockingIOError:
             raise UserError(f"another run is writing to {out}: wait for its end, or give another --out") from None
-        begun, holds = out / ".torchrun", (out / "ckpt.pt").exists() or earlier(out / "ckpt.pt")
-        if holds and not resume and not (restarted and begun.exists()):
-            begun.unlink(missing_ok=True)
+        launch, begun = os.environ.get("TORCHELASTIC_RUN_ID", "none"), out / ".torchrun"  # "none": it has no number
+        again = launch != "none" and begun.exists() and begun.read_bytes() == launch.encode()
+        if ((out / "ckpt.pt").exists() or earlier(out / "ckpt.pt")) and not (resume or again):
             raise UserError(f"{out} already holds a run: add --resume to go on with it, or give another --out")
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            begun.touch()
+        if launch != "none":
+            write_atomic(begun, launch.encode())
 
     with ExitStack() as held:
         from_first(claim)

@@ -16,9 +16,8 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD, RESTARTS = (int(os.environ.get(name, default)) for name, default in (
-    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
-    ("TORCHELASTIC_RESTART_COUNT", 0)))  # as torchrun sets them
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))  # as torchrun sets them
 
 
 class Parser(argparse.ArgumentParser):

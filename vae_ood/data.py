@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +240,7 @@ def _svhn(folder, split):
         pixels = _matlab_array(path.read_bytes(), b"X")
         if pixels.shape[:3] != (32, 32, 3) or pixels.ndim != 4 or not pixels.size:
             raise ValueError(f"X has the shape {pixels.shape}, not 32x32x3xN")
-    except (ValueError, TypeError, struct.error, zlib.error) as error:
+    except (ValueError, TypeError, StopIteration, struct.error, zlib.error) as error:
         raise UserError(f"{path} is not an SVHN file or is damaged ({error}): delete it or replace it") from None
     return Images(folder.name, torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1))))
 
@@ -247,7 +248,8 @@ def _svhn(folder, split):
 def _matlab_array(data, name):
     """The uint8 array `name` of the bytes of a little-endian MATLAB 5 file; scipy's reader crashes on damaged ones.
 
-    The format: MathWorks, "MAT-File Format", chapter 1. Raises ValueError, TypeError, struct.error or zlib.error.
+    The format: MathWorks, "MAT-File Format", chapter 1. Raises ValueError, TypeError, StopIteration, struct.error
+    or zlib.error.
     """
     compressed, matrix, uint8, uint8_class = 15, 14, 2, 9
 
@@ -255,22 +257,22 @@ def _matlab_array(data, name):
         place = 0
         while place < len(data):
             kind, size = struct.unpack_from("<II", data, place)
-            start = place + 8
-            if kind >> 16:  # a small one: both numbers in four bytes, then the content
-                kind, size, start = kind & 0xFFFF, kind >> 16, place + 4
+            start, length = place + 8, size if kind == compressed else (size + 7) // 8 * 8
+            if kind >> 16:  # a small one: both numbers in four bytes, then the content in four
+                kind, size, start, length = kind & 0xFFFF, kind >> 16, place + 4, 4
             if start + size > len(data):
                 raise ValueError("it is cut off")
             yield kind, data[start:start + size]
-            place = start + size if kind == compressed else (start + size + 7) // 8 * 8
+            place = start + length
 
     if data[124:128] != b"\0\1IM":
         raise ValueError("its header is not MATLAB 5's")
     for kind, content in elements(memoryview(data)[128:]):
         if kind == compressed:
-            (kind, content), *_ = elements(memoryview(zlib.decompressobj().decompress(content, EXPANSION * len(data))))
+            kind, content = next(elements(memoryview(zlib.decompress(content))))
         if kind != matrix:
             continue
-        (_, flags), (_, shape), (_, label), (stored, values), *_ = elements(content)
+        (_, flags), (_, shape), (_, label), (stored, values) = islice(elements(content), 4)
         if bytes(label) == name:
             if stored != uint8 or bytes(flags[:1]) != bytes([uint8_class]):
                 raise ValueError(f"{name.decode()} is not uint8")
@@ -286,8 +288,8 @@ def _celeba(folder, split):
         try:
             with zipfile.ZipFile(archive) as file:
                 pictures = {os.path.basename(n): n for n in file.namelist() if n.endswith(".jpg")}
-        except (zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
-            raise UserError(f"{archive} is truncated or damaged ({error}): delete it or replace it") from None
+        except Exception as error:  # zipfile raises nearly anything on a damaged header
+            raise UserError(f"{archive} is truncated or damaged ({_reason(error)}): delete it or replace it") from None
     if not pictures:
         raise UserError(f"CelebA is not in {folder} and no program can download it: get img_align_celeba.zip from "
                         f"https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put it in {folder}")
@@ -307,8 +309,8 @@ def _celeba(folder, split):
         try:
             with zipfile.ZipFile(archive) as file:
                 pictures = {name: file.read(pictures[name]) for name in chosen}
-        except (zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
-            raise UserError(f"{archive} is truncated or damaged ({error}): delete it or replace it") from None
+        except Exception as error:  # zipfile raises nearly anything on a damaged header
+            raise UserError(f"{archive} is truncated or damaged ({_reason(error)}): delete it or replace it") from None
     if not chosen:
         raise UserError(f"none of the {len(pictures):,} pictures in {folder} is in CelebA's {split} partition: "
                         "add the missing pictures")

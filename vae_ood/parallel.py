@@ -44,6 +44,7 @@ def workers(device, timeout):
             raise
         print(f"worker {RANK}: another worker is gone or hangs ({str(error).splitlines()[0][:200]}); torchrun starts "
               "all again if --max-restarts allows it, and they go on from the last checkpoint", file=sys.stderr)
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # at once: a kernel of NCCL that waits for the lost worker would hold the interpreter's own end
 
@@ -86,17 +87,17 @@ def any_worker(*flags):
     return raised.bool().tolist()
 
 
-def agree(sets):
-    """UserError unless the sets {name: Images} are the same on every worker."""
+def agree(sets, settings):
+    """UserError unless the sets {name: Images} and the settings are the same on every worker."""
     if WORLD == 1:
         return
-    number = 0
+    number = zlib.crc32(repr(settings).encode())
     for name, images in sets.items():
         number = zlib.crc32(images.pixels.numpy(), zlib.crc32(f"{name} {images.pixels.shape}".encode(), number))
     ends = torch.tensor([number, -number])
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     if ends[0] != -ends[1]:
-        raise UserError("the workers do not have the same images: give all machines the same files")
+        raise UserError("the workers do not have the same images and flags: give all machines the same")
 
 
 def from_first(function):
