@@ -82,7 +82,6 @@ if __name__ == "__main__":
     with one_line_errors():
         ARGS = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
 
-import functools
 import json
 import math
 import signal
@@ -101,11 +100,11 @@ from kernels.gaussian_log_likelihood import gaussian_log_likelihood, log_normal
 from kernels.reparameterize import reparameterize
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import RANK, WORLD, Progress, duration, out_of_memory, pick_device
-from vae_ood.data import DATASETS, SHUFFLE, TRAINING, generator, load, to_unit
+from vae_ood.data import DATASETS, TRAINING, batch_indices, generator, load, to_unit
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
-from vae_ood.parallel import agree, any_worker, from_first, part, total, workers
+from vae_ood.parallel import agree, any_worker, part, total, workers
 
 CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", "gamma", "schedule", "iters",
           "batch_size", "lr", "seed", "amp")  # what determines the result; a resumed run must agree in all of it
@@ -113,19 +112,6 @@ LOG_EVERY = 50  # steps
 GAMMA_IMAGES = 10_000  # training images whose MSE is the gamma of a finished `optimal` or `homotopy` run
 MIN_GAMMA = 1e-10  # images that are reconstructed exactly have no finite log-likelihood
 HOMOTOPY = (0, 5000 / 7, 2000), (0, -5, -7)  # steps, log of the floor: slower where weak factors of the data join in
-
-
-@functools.lru_cache(2)
-def permutation(seed, epoch, n):
-    """The order of the n images in an epoch."""
-    return generator(seed, SHUFFLE, epoch).permutation(n)
-
-
-def batch_indices(seed, step, batch_size, n):
-    """The images of a step: positions step*B ... step*B + B - 1 of an endless sequence of shuffled epochs."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = range(positions[0] // n, positions[-1] // n + 1)
-    return np.concatenate([permutation(seed, e, n)[positions[positions // n == e] % n] for e in epochs])
 
 
 def learning_rate(step, args):
@@ -188,8 +174,8 @@ class Training:
     def batch(self, step):
         """This worker's x, uint8 or dequantised, and eps of a step."""
         args, device, rows = self.args, self.images.device, part(self.args.batch_size)
-        rng, chosen = generator(args.seed, TRAINING, step), batch_indices(args.seed, step, args.batch_size,
-                                                                         len(self.images))[rows]
+        rng = generator(args.seed, TRAINING, step)
+        chosen = batch_indices(args.seed, step, args.batch_size, len(self.images))[rows]
         x = self.images[torch.from_numpy(chosen).to(device)]
         eps = rng.standard_normal((args.batch_size, args.kappa), np.float32)[rows]
         if args.dequantize:
@@ -253,20 +239,8 @@ def train(args, images, out, device):
         "shape": list(images.shape[1:]), "images_crc32": zlib.crc32(images.numpy())}
     run = Training(args, images, device)
     model, optimizer, n, d, b = run.model, run.optimizer, len(images), images[0].numel(), args.batch_size
-    step, seconds_before, saved_step, ckpt = 0, 0.0, None, out / "ckpt.pt"
-    state, notes = from_first(lambda: checkpoint.load_newest(ckpt))
-    if state:
-        for name, value in config.items():
-            if name == "images_crc32" and state["config"].get(name) != value:
-                raise UserError(f"the training images have changed since {ckpt} was written: give another --out")
-            if state["config"].get(name) != value:
-                raise UserError(f"{ckpt} was trained with {name} = {state['config'].get(name)}, not {value}: resume "
-                                "with the same flags, or give another --out")
-        checkpoint.restore(state, ckpt, model, optimizer)
-        step, seconds_before = state["step"], state["seconds"]
-        del state  # as large as the model and its optimiser
-        saved_step = None if notes else step  # a damaged file is not to be kept
-        print(*notes, f"resuming {out} at step {step:,}", sep="\n")
+    ckpt = out / "ckpt.pt"
+    step, seconds_before, saved_step = checkpoint.resume(ckpt, config, model, optimizer)
     if RANK == 0:
         checkpoint.write_atomic(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 

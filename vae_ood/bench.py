@@ -31,8 +31,9 @@ from vae_ood import UserError
 from vae_ood.cli import Parser, one_line_errors, pick_device, positive_float, positive_int
 from vae_ood.likelihood import evaluate
 from vae_ood.model import VAE
+from vae_ood.reproduce import SHAPES
 
-SHAPES = {"fashionmnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+DATA = "fashionmnist", "cifar10"
 KAPPA, BATCH, IW_SAMPLES = 32, 64, 16
 PLAIN = {"eager": (False, False), "eager channels-last": (False, True), "compiled": (True, False),
          "compiled channels-last": (True, True)}  # whether it is compiled, and channels-last
@@ -218,7 +219,7 @@ def main():
     """The command."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--alpha", nargs="+", type=positive_float, default=[0.25, 1, 4])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=DATA, default=DATA)
     parser.add_argument("--rounds", type=positive_int, default=6, help="of everything in turn; the first only warms up")
     parser.add_argument("--seconds", type=positive_float, default=2, help="of each thing in a round (default 2)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))

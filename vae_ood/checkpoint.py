@@ -82,6 +82,23 @@ def load_newest(path):
     return None, []
 
 
+def resume(path, config, model, optimizer):
+    """Put the newest good checkpoint into `model` and `optimizer`: (its step, its seconds, the step of what `path`
+    holds, None where that is damaged); (0, 0.0, None) where there is none. Raises UserError where `config` differs."""
+    state, notes = from_first(lambda: load_newest(path))
+    if not state:
+        return 0, 0.0, None
+    for name, value in config.items():
+        if name == "images_crc32" and state["config"].get(name) != value:
+            raise UserError(f"the training images have changed since {path} was written: give another --out")
+        if state["config"].get(name) != value:
+            raise UserError(f"{path} was trained with {name} = {state['config'].get(name)}, not {value}: resume with "
+                            "the same flags, or give another --out")
+    restore(state, path, model, optimizer)
+    print(*notes, f"resuming {path.parent} at step {state['step']:,}", sep="\n")
+    return state["step"], state["seconds"], None if notes else state["step"]
+
+
 def load(path):
     """The dict that `save` wrote, on the CPU. Raises UserError if `path` is missing or too new, Damaged if it is no
     checkpoint or damaged."""

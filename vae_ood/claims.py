@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vae_ood import checkpoint
 from vae_ood.cli import Parser, one_line_errors
-from vae_ood.reproduce import ALPHAS, HELD, PAPER, gap, markdown
+from vae_ood.reproduce import ALPHAS, HELD, PAPER, QUANTITIES, THEIRS, gap, markdown
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -51,18 +51,10 @@ def p1(numbers):
             f"{span([c['mnist'] - c['test'] for c in paper])} bpd; gamma {span([c['gamma'] for c in paper], '.4f')}")
 
 
-QUANTITIES = {  # (of a run, of a column of the paper's, how it is written)
-    "gamma": (lambda run: run["gamma"], lambda column: column["gamma"], ".5f"),
-    "test bpd": (lambda run: run["sets"]["test"]["bpd"], lambda column: column["test"] + 4, ".3f"),
-    "svhn minus test (bpd)": (lambda run: gap(run, "svhn"), lambda column: column["svhn"] - column["test"], "+.3f"),
-    "celeba minus test (bpd)": (lambda run: gap(run, "celeba"), lambda column: column["celeba"] - column["test"],
-                                "+.3f")}
-
-
 def p2(name, alphas, longest):
-    """(ours, the paper's) of one of the quantities by alpha: of each alpha's longest runs, or of those of the number of
+    """(ours, the paper's) of one of the QUANTITIES by alpha: of each alpha's longest runs, or of those of the number of
     steps that the most alphas were trained for."""
-    ours_of, theirs_of, digits = QUANTITIES[name]
+    digits = ".5f" if name == "gamma" else "+.3f" if "minus" in name else ".3f"
 
     def row(numbers):
         ours, theirs, seeds, there = [], [], [], numbers["runs"]
@@ -74,13 +66,13 @@ def p2(name, alphas, longest):
         for alpha in alphas:
             runs = [run for run in there if run["alpha"] == alpha]
             runs = [run for run in runs if run["iters"] == runs[-1]["iters"]]  # sorted by their steps
-            theirs.append(f"{alpha:g}: {theirs_of(PAPER['table2'][alpha]):{digits}}")
+            theirs.append(f"{alpha:g}: {THEIRS[name](PAPER['table2'][alpha]):{digits}}")
             ours.append(f"{alpha:g}: not run")
             if runs:
                 seeds.append(runs)
-                ours[-1] = f"{alpha:g}: {statistics.mean(map(ours_of, runs)):{digits}}"
-                if (one := name.split()[0]) in runs[0]["detection"]:
-                    ours[-1] += f" (AUROC {statistics.mean(run['detection'][one]['auroc'] for run in runs):.3f})"
+                ours[-1] = f"{alpha:g}: {statistics.mean(map(QUANTITIES[name], runs)):{digits}}"
+                if auroc := QUANTITIES.get(f"{name.split()[0]} AUROC"):  # of an outlier set
+                    ours[-1] += f" (AUROC {statistics.mean(map(auroc, runs)):.3f})"
                 ours[-1] += f" at {runs[0]['iters']:,} steps"
         what = f"{name} by alpha: "
         return what + "; ".join([*ours, *([seeds_of(seeds)] if seeds else [])]), what + "; ".join(theirs)
@@ -138,14 +130,14 @@ def theory(paper, found=""):
 CLAIMS = [  # (claim, experiment, the word that its checks begin with: "", all of them; the row's figures)
     ("P1: outliers have the higher NLL, FashionMNIST and MNIST", "reproduce/table1", "mnist bpd", p1),
     ("P2, the failure: CIFAR-10, SVHN has the lower NLL at small alpha", "reproduce/compute", "svhn bpd below",
-     p2("svhn minus test (bpd)", (0.25, 0.5, 1), True)),
+     p2("SVHN minus test (bpd)", (0.25, 0.5, 1), True)),
     ("P2, the repair: SVHN has the higher NLL at large alpha", "reproduce/compute", "svhn bpd above",
-     p2("svhn minus test (bpd)", (2, 3, 4), True)),
+     p2("SVHN minus test (bpd)", (2, 3, 4), True)),
     ("P2, its trend: SVHN minus test rises with alpha", "reproduce/compute", "SVHN minus test",
-     p2("svhn minus test (bpd)", ALPHAS, False)),
+     p2("SVHN minus test (bpd)", ALPHAS, False)),
     ("P2, with training: SVHN minus test rises with the steps", "reproduce/compute", "the crossing", p2_crossing),
     ("P2, CelebA has the higher NLL at every alpha", "reproduce/compute", "celeba bpd above",
-     p2("celeba minus test (bpd)", ALPHAS, True)),
+     p2("CelebA minus test (bpd)", ALPHAS, True)),
     ("P2, gamma falls as alpha grows", "reproduce/compute", "gamma falls", p2("gamma", ALPHAS, False)),
     ("P2, test bpd falls as alpha grows", "reproduce/compute", "test bpd falls", p2("test bpd", ALPHAS, False)),
     ("P3: superfluous latent dimensions are pruned, more sharply at larger alpha", "reproduce/fig4", "", p3),

@@ -138,19 +138,20 @@ def make_folder(path):
 def lock(folder, wait):
     """Hold `folder` alone: where another process holds it, wait for it to end, or raise BlockingIOError. Nothing is
     left behind, however the process ends."""
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise
-            except OSError:  # a file system without locks
-                pass
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            pass
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def duration(seconds):

@@ -4,6 +4,7 @@ Official files lie in `<root>/<name>/`; a missing one is downloaded there and it
 there are used as they are. Nothing is unpickled and no path out of an archive is followed.
 """
 
+import functools
 import gzip
 import hashlib
 import http.client
@@ -68,6 +69,19 @@ class Images:
 def generator(seed, stream, index=0):
     """The numpy generator of (seed, stream, index): the counter-based Philox, so all of them are independent."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
+
+
+@functools.lru_cache(2)
+def permutation(seed, epoch, n):
+    """The order of the n images in an epoch."""
+    return generator(seed, SHUFFLE, epoch).permutation(n)
+
+
+def batch_indices(seed, step, batch_size, n):
+    """The images of a step: positions step*B ... step*B + B - 1 of an endless sequence of shuffled epochs."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = range(positions[0] // n, positions[-1] // n + 1)
+    return np.concatenate([permutation(seed, e, n)[positions[positions // n == e] % n] for e in epochs])
 
 
 def to_unit(pixels, uniform=None):

@@ -723,21 +723,26 @@ def crossings(curve):
             for (x0, y0), (x1, y1) in pairwise(curve) if y0 < 0 <= y1]
 
 
+QUANTITIES = {  # of a run of CIFAR-10's
+    "test bpd": lambda m: m["sets"]["test"]["bpd"], "test minus train (bpd)": lambda m: gap(m, "test", "train"),
+    "gamma": lambda m: m["gamma"], "SVHN minus test (bpd)": lambda m: gap(m, "svhn"),
+    "CelebA minus test (bpd)": lambda m: gap(m, "celeba"), "SVHN AUROC": lambda m: m["detection"]["svhn"]["auroc"],
+    "CelebA AUROC": lambda m: m["detection"]["celeba"]["auroc"]}
+THEIRS = {  # the same of a column of the paper's table 2
+    "test bpd": lambda column: column["test"] + 4, "gamma": lambda column: column["gamma"],
+    "SVHN minus test (bpd)": lambda column: column["svhn"] - column["test"],
+    "CelebA minus test (bpd)": lambda column: column["celeba"] - column["test"]}
+
+
 def compute(args):
     """The central question: bpd, gamma and AUROC of CIFAR-10, SVHN and CelebA against training compute, by alpha."""
     table = run_columns(by_compute(args), args)
     reached = sorted((results for _, results in table if results), key=lambda r: (r[0]["alpha"], r[0]["iters"]))
     mean = lambda results, value: statistics.mean(value(m) for m in results)  # noqa: E731
-    quantities = {
-        "test bpd": lambda m: m["sets"]["test"]["bpd"], "test minus train (bpd)": lambda m: gap(m, "test", "train"),
-        "gamma": lambda m: m["gamma"], "SVHN minus test (bpd)": lambda m: gap(m, "svhn"),
-        "CelebA minus test (bpd)": lambda m: gap(m, "celeba"),
-        "SVHN AUROC": lambda m: m["detection"]["svhn"]["auroc"],
-        "CelebA AUROC": lambda m: m["detection"]["celeba"]["auroc"]}
     curves = {name: {alpha: [(r[0]["flops"], mean(r, value)) for r in reached if r[0]["alpha"] == alpha]
-                     for alpha in ALPHAS} for name, value in quantities.items()}
+                     for alpha in ALPHAS} for name, value in QUANTITIES.items()}
     rows = [[f"{r[0]['alpha']:g}", f"{r[0]['iters']:,}", f"{r[0]['flops']:.2e}",
-             *(cell([value(m) for m in r], 5 if name == "gamma" else 3) for name, value in quantities.items()),
+             *(cell([value(m) for m in r], 5 if name == "gamma" else 3) for name, value in QUANTITIES.items()),
              str(len(r))] for r in reached]
     claims = [(f"{claim}, at each alpha's longest run", held, figures)
               for claim, held, figures in capacity({r[0]["alpha"]: r for r in reached})]  # sorted: the longest is last
@@ -746,7 +751,7 @@ def compute(args):
         if len(at) > 1:
             for name, sign, word in (("SVHN minus test (bpd)", 1, "rises"), ("gamma", -1, "falls"),
                                      ("test bpd", -1, "falls")):
-                values = [mean(r, quantities[name]) for r in at]
+                values = [mean(r, QUANTITIES[name]) for r in at]
                 held = all(sign * (b - a) > 0 for a, b in pairwise(values))
                 claims.append((f"{name} {word} from each alpha to the next at {iters:,} steps",
                                False if not held else True if len(at) == len(ALPHAS) else None,
@@ -760,9 +765,6 @@ def compute(args):
                              for alpha, values in longer.items())))
     found = {name: {alpha: crossings(curve) for alpha, curve in curves[name].items() if crossings(curve)}
              for name in ("SVHN minus test (bpd)", "CelebA minus test (bpd)")}
-    theirs = {"test bpd": lambda column: column["test"] + 4, "gamma": lambda column: column["gamma"],
-              "SVHN minus test (bpd)": lambda column: column["svhn"] - column["test"],
-              "CelebA minus test (bpd)": lambda column: column["celeba"] - column["test"]}
     whole = {alpha: training_flops(Run("cifar10", alpha, 32, iters=STEPS["paper"])) for alpha in ALPHAS}
     save("compute", "BPD, gamma and AUROC against training compute: CIFAR-10, kappa = 32",
          {"runs": [m for r in reached for m in r], "crossings_flops": found,
@@ -772,15 +774,15 @@ def compute(args):
           "repository. bpd: of 8-bit data, from the negative ELBO. SVHN below the inliers before the paper's 200,000 "
           "steps, where it has SVHN above, is not reached; an order that fails is judged at the steps it is of. "
           f"Outliers are the positive class. ±: {INTERVAL}.", "",
-          *markdown(["alpha", "steps", "FLOPs", *quantities, "seeds"], rows), "",
+          *markdown(["alpha", "steps", "FLOPs", *QUANTITIES, "seeds"], rows), "",
           not_run(table)], claims, [m for r in reached for m in r], args)
 
     def draw(axes):
-        shown = [name for name in quantities if name != "test minus train (bpd)"]
+        shown = [name for name in QUANTITIES if name != "test minus train (bpd)"]
         for one, name in zip(axes.flat, shown, strict=True):
-            if name in theirs:
+            if name in THEIRS:
                 for i, (alpha, column) in enumerate(PAPER["table2"].items()):
-                    one.plot(whole[alpha], theirs[name](column), "x", color=f"C{i}")
+                    one.plot(whole[alpha], THEIRS[name](column), "x", color=f"C{i}")
             for i, (alpha, curve) in enumerate(curves[name].items()):
                 one.plot([x for x, _ in curve], [y for _, y in curve], "o-", color=f"C{i}", markersize=4,
                          label=f"$\\alpha$ = {alpha:g}")
