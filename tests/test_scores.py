@@ -90,13 +90,20 @@ def test_mixture_finds_the_density_of_a_mixture():
     assert np.isfinite(scores.mixture(x[:5])(test)).all()
 
 
-def test_surprise_is_minus_log_p():
-    inliers = np.random.default_rng(0).exponential(size=100_000)
-    x = np.array([0.0, 0.1, 1, 2, 4, 8, 20])
-    np.testing.assert_allclose(scores.surprise(inliers)(x), x, atol=0.05, rtol=0.05)  # of exp(1), -log p = x
-    function = scores.surprise(inliers[:50])
-    values = function(np.linspace(-1, 30, 5000))
-    assert (np.diff(values) >= 0).all() and np.isfinite(scores.surprise(np.ones(9))(x)).all()
+@pytest.mark.parametrize("shape", [0.2, 0.6])
+def test_surprise_is_minus_log_p(shape):
+    rng, x = np.random.default_rng(0), np.array([0.0, 0.1, 1, 2, 4, 8, 12])
+    light = scores.surprise(rng.exponential(size=100_000))
+    np.testing.assert_allclose(light(x), x, atol=0.05, rtol=0.05)  # of exp(1), -log p = x
+    heavy = scores.surprise(np.expm1(shape * rng.exponential(size=100_000)) / shape)  # generalised Pareto
+    np.testing.assert_allclose(heavy(np.expm1(shape * x) / shape), x, atol=0.05, rtol=0.1)
+
+
+@pytest.mark.parametrize("inliers", [np.random.default_rng(0).exponential(size=50), np.ones(9), np.ones(1),
+                                     np.r_[np.zeros(40), 1e9], np.arange(30.0)])
+def test_surprise_rises_and_stays_finite(inliers):
+    values = scores.surprise(inliers)(np.r_[np.linspace(-1, 60, 5000), 1e12])
+    assert (np.diff(values) >= 0).all() and np.isfinite(values).all() and values[-1] > values[0]
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 7), (3, 12, 10)])

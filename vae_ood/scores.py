@@ -298,15 +298,20 @@ def mixture(x, components=10, steps=50, seed=0):
 
 def surprise(inliers, tail=0.1):
     """-log p of a score as a function from [M] to [M], where p is the share of `inliers` [N] that score at least as
-    high; beyond their largest tenth, an exponential tail of the same mean excess (peaks over threshold)."""
+    high; beyond their largest tenth, a generalised Pareto tail (peaks over threshold), exponential or heavier, by the
+    probability-weighted moments of Hosking and Wallis (doi 10.1080/00401706.1987.10488243)."""
     inliers = np.sort(inliers)
     threshold = np.quantile(inliers, 1 - tail)
-    excess = max(np.mean(inliers[inliers >= threshold] - threshold), 1e-12)
+    excess = inliers[inliers >= threshold] - threshold
+    n, mean = len(excess), max(excess.mean(), 1e-12)
+    weighted = (excess * (1 - (np.arange(n) + 0.65) / n)).mean()  # of the excess times the probability beyond it
+    shape = np.clip(2 - mean / (mean - 2 * weighted), 1e-9, 0.99)
+    scale = mean * (1 - shape)  # the mean of such a tail is scale / (1 - shape)
 
     def function(scores):
         p = (len(inliers) - np.searchsorted(inliers, scores) + 0.5) / (len(inliers) + 1)
-        return np.where(scores > threshold, -math.log(tail) + (scores - threshold) / excess,
-                        np.minimum(-np.log(p), -math.log(tail)))
+        beyond = np.log1p(shape * np.maximum(scores - threshold, 0) / scale) / shape
+        return np.where(scores > threshold, -math.log(tail) + beyond, np.minimum(-np.log(p), -math.log(tail)))
     return function
 
 
@@ -394,18 +399,19 @@ def joint(train):
 
 
 def default(train):
-    """The score to use without thinking: the 2-norm of the surprises -log p of `residual_spectrum`, `residual_regions`,
-    `latents` and `joint`, fitted on four fifths of the training images, with p from the others.
+    """The score to use without thinking: the 4-norm of the surprises -log p of `residual_spectrum`, `residual_regions`,
+    `likelihood_path`, `latents` and `joint`, fitted on four fifths of the training images, with p from the others.
 
-    Fisher's sum of -log p is best where all see an outlier, the largest of them where one does; the 2-norm loses little
-    to either, so that neither low-level statistics nor latent ones drown the other. It is not a p-value itself: eval.py
-    calibrates it on the inliers' test images, which makes the false-alarm rate exact.
+    Fisher's sum of -log p is best where all see an outlier, the largest of them where one does; a norm between the two
+    loses little to either, so that neither low-level statistics nor latent ones drown the other. It is not a p-value
+    itself: eval.py calibrates it on the inliers' test images, which makes the false-alarm rate exact.
     """
     kept = np.arange(len(train["mu"])) % 5 == 1
-    scorers = [component(Part(train, ~kept)) for component in (residual_spectrum, residual_regions, latents, joint)]
+    scorers = [component(Part(train, ~kept))
+               for component in (residual_spectrum, residual_regions, likelihood_path, latents, joint)]
     surprises = [surprise(scorer(Part(train, kept))) for scorer in scorers]
-    return lambda features: np.sqrt(sum(
-        surprise(scorer(features)) ** 2 for surprise, scorer in zip(surprises, scorers, strict=True)))
+    return lambda features: np.linalg.norm(
+        [surprise(scorer(features)) for surprise, scorer in zip(surprises, scorers, strict=True)], 4, axis=0)
 
 
 def image_spectrum(train):
