@@ -50,12 +50,12 @@ from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import conformal_p_values, detection, latent_spectrum, mmd
 from vae_ood.model import VAE
 from vae_ood.parallel import agree, from_first, workers
-from vae_ood.scores import CONTROLS, SCORES, Features
+from vae_ood.scores import CONTROLS, OF_LIKELIHOODS, SCORES, Features
 
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
 FIT_IMAGES = 30_000  # and scores are fitted to so many
 MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of the prior
-CPU_FLOPS = 1e13  # the most that decoding 10,000 images may take on a CPU (some two minutes on two cores)
+CPU_FLOPS = 1e13  # the most that decoding a set may take on a CPU (some two minutes on two cores)
 
 
 def check_scores(args):
@@ -66,17 +66,18 @@ def check_scores(args):
             raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}")
 
 
-def limit_images(args, shape, alpha, kappa, device):
-    """Where --max-images does not say, set it on a CPU for models so large that 10,000 images take over CPU_FLOPS."""
+def limit_images(args, shape, alpha, kappa, device, images=TRAIN_IMAGES, samples=None):
+    """Where --max-images does not say, set it on a CPU for models so large that as many `images` take over CPU_FLOPS,
+    by default with --iw-samples samples each."""
     if args.max_images or device.type != "cpu":
         return
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         VAE(shape, alpha, kappa).decode(torch.empty(1, kappa))
-    affordable = CPU_FLOPS / (args.iw_samples * counter.get_total_flops())
-    if affordable < TRAIN_IMAGES:
+    affordable = CPU_FLOPS / ((samples or args.iw_samples) * counter.get_total_flops())
+    if affordable < images:
         args.max_images = max(100, int(affordable) // 100 * 100)
         print(f"a large model for a CPU: the first {args.max_images:,} images of each set are evaluated (with --score: "
-              "calibrate), unless --max-images says otherwise")
+              "fit and calibrate), unless --max-images says otherwise")
 
 
 def load_inliers(config, split, args):
@@ -86,7 +87,10 @@ def load_inliers(config, split, args):
     if list(images.pixels.shape[1:]) != config["shape"]:
         raise UserError(f"the {split} images of {config['data']} are {list(images.pixels.shape[1:])}, the model is for "
                         f"{config['shape']}: make them equal")
-    return images.first(args.max_images or (FIT_IMAGES if split == "train" else None))
+    images = images.first(args.max_images or (FIT_IMAGES if split == "train" else None))
+    if split == "train" and len(images.pixels) < 2:
+        raise UserError("scores are fitted to two training images at least: give more, or a larger --max-images")
+    return images
 
 
 def load_others(config, data, args):
@@ -204,8 +208,9 @@ def score_images(model, config, args, out):
     test = load_inliers(config, "test", args)
     n = len(test.pixels)
     if args.fpr < 1 / (n + 1):
-        raise UserError(f"--fpr {args.fpr:g} needs more than the {n} test images there are to calibrate with: give "
-                        f"--fpr {1 / (n + 1):.2g} or more, or train on more images")
+        raise UserError(f"--fpr {args.fpr:g} needs more than {n} test images to calibrate with: give --fpr "
+                        f"{math.ceil(1e4 / (n + 1)) / 1e4:g} or more, or "
+                        f"{'a larger --max-images' if args.max_images else 'train on more images'}")
     from_first(lambda: make_folder(out))
     for note in own.notes:
         print(f"{own.name}: {note}")
@@ -215,7 +220,8 @@ def score_images(model, config, args, out):
     print(f"fitting {args.scores[0]} to {len(fitted.pixels):,} training images, calibrating on {n:,} test images",
           flush=True)
     agree({"train": fitted, "calibration": test, "score": own}, [args.iw_samples, args.scores, args.fpr])
-    train = measure(model, config, fitted, args, "train")
+    train = Features(model, fitted.pixels, measure(
+        model, config, fitted.first(args.max_images or TRAIN_IMAGES), args, "train").likelihoods)
     calibration = measure(model, config, test, args, "calibration")
     features = measure(model, config, own, args, "score", first=n)  # its own noise: exchangeable with calibration's
     scorers = {name: SCORES[name](train) for name in args.scores}
@@ -237,8 +243,9 @@ def score_images(model, config, args, out):
     for i in np.argsort(-scores[args.scores[0]], kind="stable")[:10]:
         print(f"{str(names[i])[-39:]:<40}{scores[args.scores[0]][i]:>12.1f}{'':7}{p[i]:>10.4f}"
               f"{'  outlier' if flagged[i] else ''}")
-    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {args.fpr:g}: of images like the training data, at "
-          f"most {args.fpr:.1%} would be (calibrated on {n:,} of them)\nwritten to {out / 'scores.csv'}")
+    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {args.fpr:g}: of images like the training data, "
+          f"{args.fpr:g} ± {math.sqrt(args.fpr * (1 - args.fpr) / n):.1g} would be (calibrated on {n:,} of them)\n"
+          f"written to {out / 'scores.csv'}")
 
 
 def main(args):
@@ -247,9 +254,13 @@ def main(args):
     device = pick_device(args.device)
     with workers(device, args.timeout):
         model, config = checkpoint.load_model(args.ckpt, device)
-        limit_images(args, config["shape"], config["alpha"], config["kappa"], device)
-        folder = Path(args.ckpt).parent
-        out = Path(args.out or (folder / f"score-{Path(args.score).stem}" if args.score else folder))
+        decoded_once = args.score and not {SCORES[name] for name in args.scores} & set(OF_LIKELIHOODS)
+        limit_images(args, config["shape"], config["alpha"], config["kappa"], device,
+                     *((FIT_IMAGES, 1) if decoded_once else ()))
+        out = Path(args.out or Path(args.ckpt).parent)
+        if args.score and not args.out:
+            own = Path(args.score).resolve()
+            out /= f"score-{own.name if own.is_dir() else own.stem}"
         if args.score:
             score_images(model, config, args, out)
         else:

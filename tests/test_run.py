@@ -139,6 +139,9 @@ def test_a_large_model_is_evaluated_on_fewer_images_on_a_cpu(alpha, device, limi
     args = SimpleNamespace(max_images=None, iw_samples=16)
     evaluation.limit_images(args, (3, 32, 32), alpha, 32, torch.device(device))
     assert args.max_images == limit
+    args.max_images = None
+    evaluation.limit_images(args, (3, 32, 32), alpha, 32, torch.device(device), images=30_000, samples=1)
+    assert args.max_images == (limit and 11_700)  # of 850 MFLOP each
     args.max_images = 5
     evaluation.limit_images(args, (3, 32, 32), alpha, 32, torch.device(device))
     assert args.max_images == 5

@@ -66,6 +66,8 @@ def test_gaussian_is_the_mahalanobis_distance():
     np.testing.assert_allclose(scores.gaussian(x)(y), expected, rtol=2e-3)
     assert np.isfinite(scores.gaussian(x[:3])(y)).all()  # fewer images than dimensions
     assert np.isfinite(scores.gaussian(np.c_[x[:9], np.zeros(9)])(np.c_[y, np.zeros(7)])).all()  # a constant
+    far = scores.gaussian(np.ones((9, 4)))(np.array([np.ones(4), np.full(4, 2)]))
+    assert far[0] == 0 < far[1] < np.inf  # nothing but constants
 
 
 def test_mixture_finds_the_density_of_a_mixture():
@@ -97,6 +99,10 @@ def test_surprise_is_minus_log_p(shape):
     np.testing.assert_allclose(light(x), x, atol=0.05, rtol=0.05)  # of exp(1), -log p = x
     heavy = scores.surprise(np.expm1(shape * rng.exponential(size=100_000)) / shape)  # generalised Pareto
     np.testing.assert_allclose(heavy(np.expm1(shape * x) / shape), x, atol=0.05, rtol=0.1)
+
+
+def test_surprise_of_nan_is_nan():
+    assert np.isnan(scores.surprise(np.arange(30.0))(np.array([np.nan, 1]))).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("inliers", [np.random.default_rng(0).exponential(size=50), np.ones(9), np.ones(1),
@@ -206,7 +212,7 @@ def test_regret_in_batches_is_faster_than_the_published_procedure(alpha, least, 
 
 def test_every_score_takes_any_images():
     torch.manual_seed(0)
-    for shape, kappa, n in (((3, 12, 10), 4, 30), ((1, 8, 8), 1, 5)):
+    for shape, kappa, n in (((3, 12, 10), 4, 30), ((1, 8, 8), 1, 5), ((1, 8, 8), 1, 2)):
         model = VAE(shape, 0.05, kappa, 0.1).eval()
         train, some = (Features(model, random_images(m, shape, m), lambda m=m: {
             "nll": np.arange(m, dtype=float), "iw_nll": np.arange(m) / 2}) for m in (n, 4))
@@ -227,16 +233,27 @@ def test_features_do_not_depend_on_the_batches(monkeypatch):
         np.testing.assert_allclose(parts[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def made_up_features(rng, n, **shifts):
+    sizes = {"residual_spectrum": 9, "residual_regions": 7, "residual_fine": 7, "image_spectrum": 9,
+             "image_regions": 7, "path": 3, "mu": 5, "log_sigma": 5}
+    return {name: rng.standard_normal((n, size)) + shifts.get(name, 0) for name, size in sizes.items()}
+
+
 def test_default_hears_what_one_component_says():
     """An outlier in the residual's spectrum, its regions or the latents alone scores above nearly every inlier."""
     rng = np.random.default_rng(0)
-
-    def features(n, **shifts):
-        sizes = {"residual_spectrum": 9, "residual_regions": 7, "residual_fine": 7, "image_spectrum": 9,
-                 "image_regions": 7, "path": 3, "mu": 5, "log_sigma": 5}
-        return {name: rng.standard_normal((n, size)) + shifts.get(name, 0) for name, size in sizes.items()}
-
-    score = SCORES["default"](features(4000))
-    inliers = score(features(2000))
+    score = SCORES["default"](made_up_features(rng, 4000))
+    inliers = score(made_up_features(rng, 2000))
     for name in ("residual_spectrum", "residual_fine", "mu"):
-        assert (score(features(200, **{name: 3.0})) > np.quantile(inliers, 0.99)).mean() > 0.95
+        assert (score(made_up_features(rng, 200, **{name: 3.0})) > np.quantile(inliers, 0.99)).mean() > 0.95
+
+
+def test_default_is_the_norm_of_what_its_components_say_of_images_that_they_were_not_fitted_to():
+    rng = np.random.default_rng(0)
+    train, some, total = made_up_features(rng, 60), made_up_features(rng, 40, mu=1.0), 0
+    others, fifth = ({name: value[np.isin(np.arange(60) % 5, part)] for name, value in train.items()}
+                     for part in ((0, 2, 3, 4), (1,)))
+    for name in ("residual_spectrum", "residual_regions", "likelihood_path", "latents", "joint"):
+        score = SCORES[name](others)
+        total = total + scores.surprise(score(fifth))(score(some)) ** 4
+    np.testing.assert_allclose(SCORES["default"](train)(some), total**0.25)

@@ -4,7 +4,7 @@
 
 What a checkpoint's scores measured is kept in results/detection/; a file that is not there is made by run.py, where the
 checkpoint is not there either, and eval.py. With all of them there, the page alone is written, from them and nothing
-else.
+else. After a change of a score, delete those files and the folders detection* of the runs.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Outlier scores: larger = more outlying. A score is a function of the training images' features that returns another,
 from any images' features to their scores [N]; a new one joins by its entry in SCORES.
 
-The scores that are fitted see inliers alone, and no outlier has chosen a constant in them.
+The scores that are fitted see inliers alone. What `default` combines, and how, was settled on the outlier sets that
+results/detection.md marks as development; no other outlier has chosen a constant here.
 """
 
 import io
@@ -28,7 +29,8 @@ class Features:
     """What the scores read of uint8 images [N, C, H, W] under a model, by name, each computed when first asked for, by
     all workers.
 
-    nll, iw_nll [N]: nats, of `likelihoods()`, which returns what `likelihood.evaluate` does. mu, log_sigma [N, kappa].
+    nll, iw_nll [N]: nats, of `likelihoods()`, which returns what `likelihood.evaluate` does, of training images perhaps
+    for the first ones alone. mu, log_sigma [N, kappa].
     path [N, 3]: log norms of the residual x - mu_x(mu_z), of mu_z and of sigma_z. residual_spectrum, image_spectrum
     [N, bands x colours]: `band_log_energies`. residual_regions, image_regions, and residual_fine, of the high-passed
     residual [N, 7 x colours]: `region_log_energies`. pixels [N, 2]: mean, log variance. code_bits [N]. regret [N],
@@ -188,6 +190,7 @@ def _code_bits(model, images):
         return {"code_bits": np.array(list(pool.map(code(), images.numpy())), float)}
 
 
+@torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 def _regret(model, images):
     """All images of a batch at once: their losses share nothing but the noise of a step."""
     d, out = math.prod(model.shape), []
@@ -229,13 +232,14 @@ def stack(features, *names):
 
 def shrunk_covariance(x):
     """The covariance [D, D] of x [N, D] around 0, shrunk towards a multiple of I by the oracle-approximating weight
-    (arXiv 0907.4698, equation 23), so that it can be inverted however few images there are."""
+    (arXiv 0907.4698, equation 23) and then, by a little, towards I, so that it can be inverted however few images there
+    are, and however alike."""
     n, d = x.shape
     covariance = x.T @ x / n
     trace, squares = covariance.trace(), covariance.square().sum()
     spread = (n + 1 - 2 / d) * (squares - trace**2 / d)
     weight = min(1.0, float(((1 - 2 / d) * squares + trace**2) / spread)) if spread > 0 else 1.0
-    return (1 - weight) * covariance + weight * trace / d * torch.eye(d, dtype=x.dtype)
+    return (1 - weight) * covariance + (weight * trace / d + 1e-9) * torch.eye(d, dtype=x.dtype)
 
 
 def whitener(x):
@@ -311,7 +315,7 @@ def surprise(inliers, tail=0.1):
     def function(scores):
         p = (len(inliers) - np.searchsorted(inliers, scores) + 0.5) / (len(inliers) + 1)
         beyond = np.log1p(shape * np.maximum(scores - threshold, 0) / scale) / shape
-        return np.where(scores > threshold, -math.log(tail) + beyond, np.minimum(-np.log(p), -math.log(tail)))
+        return np.where(scores <= threshold, np.minimum(-np.log(p), -math.log(tail)), -math.log(tail) + beyond)
     return function
 
 
@@ -346,7 +350,7 @@ def regret(train):
 
 
 def likelihood_path(train):
-    """The statistics on the way to the likelihood, the norms of x - mu_x, mu_z and sigma_z (arXiv 2401.04933), by
+    """The statistics on the way to the likelihood, the log norms of x - mu_x, mu_z and sigma_z (arXiv 2401.04933), by
     ECOD's tail probabilities (arXiv 2201.00382): the largest of the sums of -log of the left, of the right and of the
     skewer tails' probabilities."""
     path = np.sort(train["path"], 0)
@@ -362,7 +366,7 @@ def likelihood_path(train):
 
 
 def likelihood_path_gaussian(train):
-    """The same statistics' logs, by their squared Mahalanobis distance from the training images'."""
+    """The same statistics, by their squared Mahalanobis distance from the training images'."""
     distance = gaussian(train["path"])
     return lambda features: distance(features["path"])
 
@@ -404,7 +408,7 @@ def default(train):
 
     Fisher's sum of -log p is best where all see an outlier, the largest of them where one does; a norm between the two
     loses little to either, so that neither low-level statistics nor latent ones drown the other. It is not a p-value
-    itself: eval.py calibrates it on the inliers' test images, which makes the false-alarm rate exact.
+    itself: eval.py calibrates it on the inliers' test images, which keeps the false-alarm rate.
     """
     kept = np.arange(len(train["mu"])) % 5 == 1
     scorers = [component(Part(train, ~kept))
@@ -431,6 +435,7 @@ def pixel_moments(train):
     return lambda features: distance(features["pixels"])
 
 
+OF_LIKELIHOODS = (nll, iw_nll, typicality, complexity)
 CONTROLS = (image_spectrum, code_length, pixel_moments)
 SCORES = {score.__name__: score for score in (
     default, nll, iw_nll, typicality, complexity, likelihood_path, likelihood_path_gaussian, residual_spectrum,

@@ -90,13 +90,13 @@ def test_eval_repeats_what_run_measured(tiny_run, command, tmp_path):
 
 def test_score_own_images(tiny_run, command, tmp_path):
     out, _ = tiny_run
-    folder = tmp_path / "mine"
+    folder = tmp_path / "mine.1"
     folder.mkdir()
     for kind in ("sprites", "discs"):
         for i, image in enumerate(load(kind, "test").pixels[:40, 0].numpy()):
             Image.fromarray(image).save(folder / f"{kind}{i:02d}.png")
     result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", folder, "--fpr", 0.1, "--iw-samples", 2)
-    table = rows(out / "score-mine" / "scores.csv")
+    table = rows(out / "score-mine.1" / "scores.csv")
     assert list(table[0]) == ["file", "default", "p_value", "outlier"] and len(table) == 80
     for row in table:
         assert row["outlier"] == str(int(float(row["p_value"]) <= 0.1))
@@ -104,7 +104,7 @@ def test_score_own_images(tiny_run, command, tmp_path):
                for kind in ("sprites", "discs")}
     assert flagged["discs"] >= 39 and flagged["sprites"] <= 14  # 10% of 40, four standard errors above
     assert f"{sum(flagged.values())} of 80 images flagged at p <= 0.1" in result.stdout
-    assert np.asarray(Image.open(out / "score-mine" / "outliers.png")).std() > 5
+    assert np.asarray(Image.open(out / "score-mine.1" / "outliers.png")).std() > 5
     worst = sorted(table, key=lambda row: -float(row["default"]))[:10]  # p-values are equal there, scores are not
     assert [line.split()[0] for line in result.stdout.splitlines() if ".png" in line] == [r["file"] for r in worst]
     assert (out / "scores.csv").exists() and len(rows(out / "scores.csv")) == 2100  # the evaluation's are kept
@@ -297,13 +297,17 @@ def test_eval_refuses_in_one_line(tiny_run, command, tmp_path):
     out, _ = tiny_run
     (tmp_path / "no.pt").write_text("hello")
     (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "one.npy", np.zeros((1, 16, 16), np.uint8))
     ckpt = ["--ckpt", out / "ckpt.pt"]
     for arguments, words in ((["--ckpt", tmp_path / "no.pt"], ["is not a checkpoint"]),
                              (["--ckpt", tmp_path / "missing.pt"], ["there is no checkpoint"]),
                              ([], ["--ckpt"]),
                              ([*ckpt, "--score", "noise"], ["there is no such folder or file"]),
                              ([*ckpt, "--score", tmp_path / "empty"], ["holds no pictures"]),
-                             ([*ckpt, "--score", tmp_path, "--fpr", 2], ["--fpr"])):
+                             ([*ckpt, "--score", tmp_path, "--fpr", 2], ["--fpr"]),
+                             ([*ckpt, "--score", tmp_path / "one.npy", "--fpr", 0.01, "--max-images", 15],
+                              ["more than 15 test images", "--fpr 0.0625 or more", "--max-images"]),
+                             ([*ckpt, "--max-images", 1], ["two training images"])):
         assert refused(command("eval.py", *arguments, check=False), *words)
 
 
