@@ -93,8 +93,8 @@ def section(data, runs):
     return [
         f"## Inliers: {data}", "",
         f"alpha = {one['alpha']:g}, kappa = {one['kappa']}, {one['iters']:,} steps "
-        f"({statistics.median(run['minutes'] for run in runs):.1f} minutes on two CPU cores, the median over the seeds, "
-        "each at its median speed: the cores were not always free); test bpd "
+        f"({statistics.median(run['minutes'] for run in runs):.1f} minutes on two CPU cores, the median over the seeds "
+        "of each one's median speed: the cores were not always free); test bpd "
         f"{cell([run['test_bpd'] for run in runs], 3)}; {len(runs)} seeds. Images: {sets}; scores fitted to "
         f"{one['fit_images']:,} training images; `regret`: the first {REGRET_IMAGES:,} of each set.", "",
         *markdown(["outliers", "`default`", "aim", "best control", "best other score"], summary), "",
