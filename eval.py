@@ -50,7 +50,7 @@ from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import conformal_p_values, detection, latent_spectrum, mmd
 from vae_ood.model import VAE
 from vae_ood.parallel import agree, from_first, workers
-from vae_ood.scores import CONTROLS, OF_LIKELIHOODS, SCORES, Features
+from vae_ood.scores import CONTROLS, DECODED_OFTEN, SCORES, Features
 
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
 FIT_IMAGES = 30_000  # and scores are fitted to so many
@@ -254,7 +254,7 @@ def main(args):
     device = pick_device(args.device)
     with workers(device, args.timeout):
         model, config = checkpoint.load_model(args.ckpt, device)
-        decoded_once = args.score and not {SCORES[name] for name in args.scores} & set(OF_LIKELIHOODS)
+        decoded_once = args.score and not {SCORES[name] for name in args.scores} & set(DECODED_OFTEN)
         limit_images(args, config["shape"], config["alpha"], config["kappa"], device,
                      *((FIT_IMAGES, 1) if decoded_once else ()))
         out = Path(args.out or Path(args.ckpt).parent)

@@ -435,7 +435,7 @@ def pixel_moments(train):
     return lambda features: distance(features["pixels"])
 
 
-OF_LIKELIHOODS = (nll, iw_nll, typicality, complexity)
+DECODED_OFTEN = (nll, iw_nll, typicality, complexity, regret)  # once for each sample or step; the others once
 CONTROLS = (image_spectrum, code_length, pixel_moments)
 SCORES = {score.__name__: score for score in (
     default, nll, iw_nll, typicality, complexity, likelihood_path, likelihood_path_gaussian, residual_spectrum,
