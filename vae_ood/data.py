@@ -18,6 +18,7 @@ import tarfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -294,16 +295,23 @@ def _matlab_array(data, name):
     raise ValueError(f"it holds no array {name.decode()}")
 
 
+@contextmanager
+def _opened(archive):
+    """The ZipFile; UserError for whatever goes wrong with it: zipfile raises nearly anything on a damaged header."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            yield file
+    except Exception as error:
+        raise UserError(f"{archive} is truncated or damaged ({_reason(error)}): delete it or replace it") from None
+
+
 def _celeba(folder, split):
     pictures, archive = {}, folder / "img_align_celeba.zip"
     if (folder / "img_align_celeba").is_dir():
         pictures = {p.name: p for p in (folder / "img_align_celeba").iterdir() if p.suffix == ".jpg"}
     elif archive.exists():
-        try:
-            with zipfile.ZipFile(archive) as file:
-                pictures = {os.path.basename(n): n for n in file.namelist() if n.endswith(".jpg")}
-        except Exception as error:  # zipfile raises nearly anything on a damaged header
-            raise UserError(f"{archive} is truncated or damaged ({_reason(error)}): delete it or replace it") from None
+        with _opened(archive) as file:
+            pictures = {os.path.basename(n): n for n in file.namelist() if n.endswith(".jpg")}
     if not pictures:
         raise UserError(f"CelebA is not in {folder} and no program can download it: get img_align_celeba.zip from "
                         f"https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put it in {folder}")
@@ -320,11 +328,8 @@ def _celeba(folder, split):
                         "list_eval_partition.txt beside the pictures") from None
     chosen = sorted(name for name in pictures if of.get(name) == {"train": 0, "test": 2}[split])
     if archive.exists() and isinstance(next(iter(pictures.values())), str):
-        try:
-            with zipfile.ZipFile(archive) as file:
-                pictures = {name: file.read(pictures[name]) for name in chosen}
-        except Exception as error:  # zipfile raises nearly anything on a damaged header
-            raise UserError(f"{archive} is truncated or damaged ({_reason(error)}): delete it or replace it") from None
+        with _opened(archive) as file:
+            pictures = {name: file.read(pictures[name]) for name in chosen}
     if not chosen:
         raise UserError(f"none of the {len(pictures):,} pictures in {folder} is in CelebA's {split} partition: "
                         "add the missing pictures")

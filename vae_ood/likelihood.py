@@ -12,6 +12,8 @@ from vae_ood.data import EVALUATION, generator, to_unit
 from vae_ood.parallel import WORLD, spread
 
 MEMORY_BUDGET = 512 * 2**20  # bytes for the activations of one chunk
+# A decorator: TF32 would be off by 1e-3.
+exact_convolutions = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def bits_per_dim(nll, d):
@@ -51,7 +53,7 @@ def evaluate(model, images, iw_samples, seed=0, dequantize=False, first=0, progr
 
 
 @torch.inference_mode()
-@torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)  # TF32 would be off by 1e-3
+@exact_convolutions
 def _evaluate(model, images, iw_samples, seed, dequantize, first, progress):
     device, d, kappa, k = model.log_gamma.device, math.prod(model.shape), model.kappa, iw_samples
     chunk = chunk_size(model)

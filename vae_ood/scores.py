@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from kernels.gaussian_log_likelihood import log_normal
 from kernels.reparameterize import reparameterize
 from vae_ood.data import REGRET, generator, to_unit
-from vae_ood.likelihood import chunk_size
+from vae_ood.likelihood import chunk_size, exact_convolutions
 from vae_ood.parallel import spread
 
 QUANTISATION = 1 / 255**2 / 12  # the variance of rounding to 8 bits: no energy is told apart below it
@@ -128,7 +128,7 @@ ENCODED = ("mu", "log_sigma", "path", "residual_spectrum", "residual_regions", "
 
 
 @torch.inference_mode()
-@torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+@exact_convolutions
 def _encoded(model, images):
     out = {name: [] for name in ENCODED}
     for x in _batches(model, images):
@@ -190,7 +190,7 @@ def _code_bits(model, images):
         return {"code_bits": np.array(list(pool.map(code(), images.numpy())), float)}
 
 
-@torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+@exact_convolutions
 def _regret(model, images):
     """All images of a batch at once: their losses share nothing but the noise of a step."""
     d, out = math.prod(model.shape), []
