@@ -48,6 +48,8 @@ def parse_args():
                        "(default 60)")
     group.add_argument("--keep", type=positive_int, default=2, metavar="N", help="checkpoints, the newest as ckpt.pt "
                        "(default 2)")
+    group.add_argument("--keep-at", type=positive_int, nargs="+", default=[], metavar="STEP", help="keep the weights "
+                       "of these steps for good, each as step-<STEP>.pt, which eval.py takes")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on "
                        "CUDA; on a CPU it gained nothing)")
     group.add_argument("--amp", action="store_true", help="train under bfloat16 autocast")
@@ -73,6 +75,8 @@ def parse_args():
             args.gamma = positive_float(args.gamma)
         except (ValueError, argparse.ArgumentTypeError):
             parser.error(f"--gamma {args.gamma}: give learn, optimal, homotopy or a variance above 0")
+    if args.keep_at and max(args.keep_at) > args.iters:
+        parser.error(f"--keep-at {max(args.keep_at)}: the last step is {args.iters}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed {args.seed}: give a whole number from 0 to 2^32 - 1")
     return args
@@ -284,7 +288,7 @@ def train(args, images, out, device):
                 step += 1
                 overdue = time.perf_counter() - saved > args.checkpoint_seconds
                 stopped, saving = any_worker(bool(signals), RANK == 0 and overdue)
-                if logging or saving:
+                if logging or saving or step in args.keep_at:
                     check(losses)
                     losses = []
                 if logging:
@@ -302,6 +306,8 @@ def train(args, images, out, device):
                     left = duration((now - started) / (step - first) * (args.iters - step))
                     text = f"bpd {record['bpd']:.3f}  gamma {record['gamma']:.5f}  {speed:.0f} images/s  {left} left"
                 bar.update(step, text)
+                if step in args.keep_at and RANK == 0:
+                    checkpoint.save_weights(out / f"step-{step}.pt", model, step, config)
                 if saving:
                     saved_step = save()
                     saved = time.perf_counter()

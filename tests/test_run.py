@@ -125,7 +125,7 @@ def test_twenty_steps_are_those_of_the_plain_formulation(gamma):
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     args = SimpleNamespace(data="x", sprite_factors=4, skip_bad=False, dequantize=False, alpha=0.1, kappa=2,
                            gamma="optimal", schedule="constant", iters=200, batch_size=4, lr=1e-3, seed=0, amp=False,
-                           compile=False, checkpoint_seconds=0, keep=1, recipe="fast")
+                           compile=False, checkpoint_seconds=0, keep=1, keep_at=[], recipe="fast")
     images = torch.randint(256, (20, *SHAPE), dtype=torch.uint8)
     monkeypatch.setattr(run, "learning_rate", lambda step, args: 1e-3 if step < 60 else math.inf)
     with pytest.raises(UserError, match=r"training diverged: .* at step 61; .*ckpt\.pt keeps the last good state"):

@@ -92,7 +92,7 @@ def training(device, shape, alpha):
     """Seconds a step of run.py's own loop, logging included."""
     pixels = images(2048, shape)
     args = SimpleNamespace(**dict.fromkeys(run.CONFIG), keep=1, recipe="fast", compile=None,
-                           checkpoint_seconds=math.inf)
+                           checkpoint_seconds=math.inf, keep_at=[])
     vars(args).update(alpha=alpha, kappa=KAPPA, gamma="learn", schedule="constant", batch_size=BATCH, lr=1e-4, seed=0,
                       amp=False)
 

@@ -62,6 +62,14 @@ def save(path, model, optimizer, step, config, seconds=0.0, before=None, keep=1)
             old.unlink(missing_ok=True)
 
 
+def save_weights(path, model, step, config):
+    """Save the weights alone after `step` training steps: enough to evaluate, not to resume. Raises UserError."""
+    buffer = io.BytesIO()
+    torch.save({"version": VERSION, "model": model.state_dict(), "optimizer": {}, "step": step, "config": config,
+                "seconds": 0.0}, buffer)
+    write_atomic(path, buffer.getbuffer())
+
+
 def earlier(path):
     """[(step, path)] of the checkpoints kept beside `path`, the newest first."""
     found = [(re.fullmatch(rf"{path.stem}-(\d+)\.pt", file.name), file) for file in path.parent.glob("*.pt")]

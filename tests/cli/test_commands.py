@@ -197,6 +197,19 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(command
             assert a[key] == b[key]
 
 
+def test_weights_kept_at_a_step_are_those_of_a_run_that_ends_there(command, tmp_path):
+    arguments = (*TINY, "--recipe", "paper",  # no schedule, so the number of steps changes none of them
+                 "--max-images", 60, "--iw-samples", 1, "--no-eval")
+    command(*arguments, "--iters", 60, "--keep-at", 20, 60, "--out", tmp_path / "long")
+    command(*arguments, "--iters", 20, "--out", tmp_path / "short")
+    kept = checkpoint.load(tmp_path / "long" / "step-20.pt")
+    assert kept["step"] == 20 and not kept["optimizer"] and (tmp_path / "long" / "step-60.pt").exists()
+    assert all(torch.equal(value, kept["model"][name]) for name, value in parameters(tmp_path / "short").items())
+    command("eval.py", "--ckpt", tmp_path / "long" / "step-20.pt", "--scores", "nll", "--max-images", 60,
+            "--iw-samples", 1, "--out", tmp_path / "evaluated")
+    assert (tmp_path / "evaluated" / "metrics.json").exists()
+
+
 @pytest.mark.slow
 def test_compiled_run_resumes_bit_for_bit(command, tmp_path):
     arguments = ("run.py", "--iters", 700, "--no-eval", "--checkpoint-seconds", 0.2, "--compile")
@@ -281,6 +294,7 @@ def test_a_second_run_in_the_same_folder_is_refused(command, tmp_path):
     (["--data", "celeba", "--data-root", "/nowhere"], ["CelebA is not in /nowhere/celeba"]),
     (["--outliers", "celeba", "--data-root", "/nowhere"], ["CelebA is not in /nowhere/celeba"]),
     (["--seed", "-1"], ["--seed"]),
+    (["--iters", "10", "--keep-at", "5", "20"], ["--keep-at 20", "the last step is 10"]),
 ])
 def test_run_refuses_in_one_line(command, tmp_path, arguments, words):
     assert refused(command("run.py", *arguments, "--out", tmp_path / "out", check=False), *words)
