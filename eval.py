@@ -10,33 +10,33 @@ checkpoint); the second scores.csv with a p-value for each image and outliers.pn
 
 import argparse
 
-from vae_ood.cli import Parser, add_evaluation_arguments, one_line_errors
+from vae_ood.cli import NAMED, Parser, add_evaluation_arguments, one_line_errors, rate
 
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="the ckpt.pt that run.py wrote")
+    parser.add_argument("--ckpt", required=True, metavar="PATH", help="the folder of a run, or one of its checkpoints "
+                        "(for ckpt.pt, best.pt where there is one)")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: beside the checkpoint)")
     group = parser.add_argument_group("own images")
     group.add_argument("--score", metavar="PATH", help="a folder of pictures, a .npy or a .npz to score")
-    group.add_argument("--fpr", type=float, default=0.05, help="false-alarm rate at which to flag (default 0.05)")
+    group.add_argument("--fpr", type=rate, default=0.05, help="false-alarm rate at which to flag (default 0.05), on "
+                       "average over the images that calibrate")
+    group.add_argument("--confidence", type=rate, metavar="C", help="keep the false-alarm rate at most --fpr for "
+                       "a share C of what the images that calibrate could have been, not on average")
     group.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be decoded")
     add_evaluation_arguments(parser)
-    args = parser.parse_args()
-    if not 0 < args.fpr < 1:
-        parser.error(f"--fpr is {args.fpr}: it must lie between 0 and 1")
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
     with one_line_errors():
         ARGS = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
 
-import csv
 import functools
-import io
 import json
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -46,14 +46,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import RANK, Progress, make_folder, pick_device
 from vae_ood.data import CORRUPTIONS, PAIRS, PRIOR, corrupt, generator, load
+from vae_ood.groups import Nearest, farther, near, parts, things_needed
 from vae_ood.likelihood import bits_per_dim, evaluate
-from vae_ood.metrics import conformal_p_values, detection, latent_spectrum, mmd
+from vae_ood.metrics import confident_rank, detection, exceeding_groups, false_alarm_range, latent_spectrum, mmd
 from vae_ood.model import VAE
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.scores import CONTROLS, DECODED_OFTEN, SCORES, Features
 
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
 FIT_IMAGES = 30_000  # and scores are fitted to so many
+COMPARED = 2_000  # images that calibrate, and new ones, by how near they lie to the training images
 MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of the prior
 CPU_FLOPS = 1e13  # the most that decoding a set may take on a CPU (some two minutes on two cores)
 
@@ -80,35 +82,51 @@ def limit_images(args, shape, alpha, kappa, device, images=TRAIN_IMAGES, samples
               "fit and calibrate), unless --max-images says otherwise")
 
 
-def load_inliers(config, split, args):
-    """The "train" or "test" part of the data that the model is for."""
-    images = load(config["data"], split, args.data_root, None, config["sprite_factors"],
-                  config["skip_bad"] or args.skip_bad)
-    if list(images.pixels.shape[1:]) != config["shape"]:
-        raise UserError(f"the {split} images of {config['data']} are {list(images.pixels.shape[1:])}, the model is for "
-                        f"{config['shape']}: make them equal")
-    images = images.first(args.max_images or (FIT_IMAGES if split == "train" else None))
-    if split == "train" and len(images.pixels) < 2:
+def load_inliers(config, args, split=None):
+    """The "train" and the "test" part of the data that the model is for, as many as are used: own images by the
+    checkpoint's `split`. UserError where these are not what the model was trained on."""
+    def get(part):
+        return load(config["data"], part, args.data_root, None, config["sprite_factors"],
+                    config["skip_bad"] or args.skip_bad)
+    if config["data"] in NAMED:
+        sets = {part: get(part) for part in ("train", "test")}
+    else:
+        sets = parts(get("all"), split)
+        sets.pop("validation", None)
+        if zlib.crc32(sets["train"].pixels.numpy()) != config["images_crc32"]:
+            raise UserError(f"the images in {config['data']} are not those that the model was trained on (another "
+                            "checksum): give them back, or train anew")
+    for part, images in sets.items():
+        if list(images.pixels.shape[1:]) != config["shape"]:
+            raise UserError(f"the {part} images of {config['data']} are {list(images.pixels.shape[1:])}, the model is "
+                            f"for {config['shape']}: make them equal")
+    return limited(sets, args)
+
+
+def limited(sets, args):
+    """The first images of the "train" and the "test" part, as many as scores are fitted to and calibrated with."""
+    sets = {"train": sets["train"].first(args.max_images or FIT_IMAGES), "test": sets["test"].first(args.max_images)}
+    if len(sets["train"].pixels) < 2:
         raise UserError("scores are fitted to two training images at least: give more, or a larger --max-images")
-    return images
+    return sets
 
 
 def load_others(config, data, args):
-    """Images of `data`, a name or a path, converted to the shape of the inliers, or their test images corrupted."""
-    if data in CORRUPTIONS:
-        return corrupt(load_inliers(config, "test", args), data)
+    """Images of `data`, a name or a path, converted to the shape of the inliers."""
     return load(data, "all", args.data_root, config["shape"], config["sprite_factors"],
                 config["skip_bad"] or args.skip_bad)
 
 
-def load_outliers(config, args):
-    """The outlier sets by name: those of --outliers, else the paper's for the data set, as far as they can be had."""
+def load_outliers(config, args, test):
+    """The outlier sets by name: those of --outliers, some the inliers' `test` images corrupted, else the paper's for
+    the data set, as far as they can be had."""
     if clash := {"train", "test"} & set(args.outliers or ()):
         raise UserError(f"--outliers {clash.pop()}: the inliers' own parts are evaluated anyway; name another set")
     sets = {}
     for name in args.outliers or PAIRS.get(config["data"], ["noise", "constant"]):
         try:
-            sets[name] = load_others(config, name, args).first(args.max_images)
+            images = corrupt(test, name) if name in CORRUPTIONS else load_others(config, name, args)
+            sets[name] = images.first(args.max_images)
         except UserError as error:
             if args.outliers:
                 raise
@@ -117,34 +135,28 @@ def load_outliers(config, args):
 
 
 def measure(model, config, images, args, label, first=0):
-    """The `Features` of `images`, whose likelihoods show their progress when they are asked for; `first` is the number
-    of the first image's noise."""
+    """The `Features` of `images`, whose likelihoods, of training images for the first ones alone where --max-images
+    does not say, show their progress when they are asked for; `first` is the number of the first image's noise."""
+    evaluated = images.first(args.max_images or (TRAIN_IMAGES if label == "train" else None)).pixels
+
     def likelihoods():
-        bar = Progress(len(images.pixels), label=label)
-        result = evaluate(model, images.pixels, args.iw_samples, config["seed"], config["dequantize"], first,
-                          bar.update)
+        bar = Progress(len(evaluated), label=label)
+        result = evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first, bar.update)
         bar.close()
         return result
-    return Features(model, images.pixels, functools.cache(likelihoods))
-
-
-def write_csv(path, header, rows):
-    """Write a table with its floats in full precision, atomically."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    checkpoint.write_atomic(path, text.getvalue().encode())
+    return Features(model, images.pixels, functools.cache(likelihoods), images.groups,
+                    (config["seed"], first) if config["dequantize"] else None)
 
 
 def evaluate_outliers(model, config, sets, args, out):
     """Evaluate `sets` ({'train', 'test', outliers...: Images}), print the tables and write the files to `out`. Scores
     are fitted to all of 'train', of which TRAIN_IMAGES are evaluated where --max-images does not say."""
-    d, fitted = math.prod(config["shape"]), sets["train"].pixels
+    d = math.prod(config["shape"])
+    fitted = measure(model, config, sets["train"], args, "train")
     sets = sets | {"train": sets["train"].first(args.max_images or TRAIN_IMAGES)}
     features = {name: measure(model, config, images, args, name) for name, images in sets.items()}
+    features["train"].likelihoods = fitted.likelihoods
     measured = {name: f.likelihoods() for name, f in features.items()}
-    fitted = Features(model, fitted, features["train"].likelihoods)
     kl, active, cut, ratio = latent_spectrum(measured["train"]["kl_per_dim"].mean(0, dtype=np.float64))
     z = measured["train"]["z"][:MMD_IMAGES]
     prior = generator(config["seed"], PRIOR).standard_normal(z.shape)
@@ -185,7 +197,7 @@ def evaluate_outliers(model, config, sets, args, out):
 
     if RANK:
         return
-    write_csv(out / "scores.csv", ["set", "index", *args.scores],
+    checkpoint.write_csv(out / "scores.csv", ["set", "index", *args.scores],
               ([name, i, *row] for name in sets
                for i, row in enumerate(zip(*(scores[s][name].tolist() for s in args.scores), strict=True))))
     if plots.available():
@@ -199,53 +211,144 @@ def evaluate_outliers(model, config, sets, args, out):
     print(f"written to {out}")
 
 
-def score_images(model, config, args, out):
+class Calibration:
+    """The scores of inliers that no model has seen, and what p-values are made of for each new image: of K folds, each
+    fold's images by its own model (cross-conformal, arXiv 1208.0806)."""
+
+    def __init__(self, score):
+        self.score, self.things, self.images, self.exceeding, self.new = score, 0, 0, 0, {}
+        self.distance, self.groups, self.new_distance, self.copies, self.siblings = [], [], 0, False, False
+
+    def add(self, model, config, inliers, own, args):
+        """Fit the scores to a model's training images, and score its calibration images and the new ones, each with
+        noise of its own."""
+        train, test = inliers["train"], inliers["test"]
+        groups = np.arange(len(test.pixels)) if test.groups is None else test.groups
+        n = len(train.pixels)
+        fitted = measure(model, config, train, args, "train")
+        calibration = measure(model, config, test, args, "calibration", first=n)
+        features = measure(model, config, own, args, "score", first=n + len(test.pixels))
+        for name in args.scores:
+            scorer = SCORES[name](fitted)
+            scores = scorer(features)
+            self.new[name] = self.new.get(name, 0) + scores
+            if name == self.score:
+                exceeding, things = exceeding_groups(scorer(calibration), groups, scores)
+                self.exceeding, self.things = self.exceeding + exceeding, self.things + things
+        self.images += len(test.pixels)
+        self.compare(train.pixels, test.pixels[:COMPARED], groups[:COMPARED], own.pixels)
+
+    def compare(self, train, test, groups, own):
+        """How near the calibration images and the new ones lie to the training images."""
+        nearest = Nearest(train)
+        self.distance.append(nearest(test)[0])
+        self.groups.append(np.asarray(groups, np.int64) + len(self.groups) * 2**40)  # each fold's are others
+        distance, _, copies, siblings = nearest(own)
+        self.new_distance = self.new_distance + distance
+        self.copies, self.siblings = self.copies | copies, self.siblings | siblings
+
+    def p_values(self):
+        """The conformal p-values of the new images [N]."""
+        return (1 + self.exceeding) / (self.things + 1)
+
+    def farther(self, own, folds):
+        """The p-value of the test that new images [N] lie farther from the training images than those that calibrate;
+        images that are alike count once on both sides."""
+        some = np.random.default_rng(0).permutation(len(own))[:COMPARED]
+        return farther(self.new_distance[some] / folds, near(own[torch.from_numpy(some)]),
+                       np.concatenate(self.distance), np.concatenate(self.groups))
+
+
+def flagging_rank(args, things):
+    """k, so that an image with p <= k / (things + 1) is flagged; UserError where --fpr asks for what cannot be had."""
+    more = (f"{'a larger --max-images' if args.max_images else 'a run with a smaller --fpr or more things'}, or "
+            "--folds, by which all calibrate")
+    if args.confidence is None:
+        if k := int(args.fpr * (things + 1) + 1e-9):
+            return k
+        raise UserError(f"--fpr {args.fpr:g} needs {things_needed(args.fpr):,} things to calibrate with, and there are "
+                        f"{things:,}: give --fpr {math.ceil(1e4 / (things + 1)) / 1e4:g} or more, or {more}")
+    if k := confident_rank(things, args.fpr, args.confidence):
+        return k
+    possible = 1 - (1 - args.confidence) ** (1 / things)
+    needed = math.ceil(math.log(1 - args.confidence) / math.log1p(-args.fpr))
+    raise UserError(f"--fpr {args.fpr:g} with confidence {args.confidence:g} needs {needed:,} things to calibrate "
+                    f"with, and there are {things:,}: give --fpr {math.ceil(1e4 * possible) / 1e4:g} or more, or "
+                    f"{more}")
+
+
+def score_images(members, args, out):
     """Flag the outliers among the images of --score at the false-alarm rate --fpr, by conformal p-values of the first
-    score, calibrated on the inlier test images."""
+    score. `members`: (model, config, split), one or a run's folds."""
+    _, config, _ = members[0]
     if not Path(args.score).exists():
         raise UserError(f"--score {args.score}: there is no such folder or file")
     own = load_others(config, str(Path(args.score).resolve()), args)
-    test = load_inliers(config, "test", args)
-    n = len(test.pixels)
-    if args.fpr < 1 / (n + 1):
-        raise UserError(f"--fpr {args.fpr:g} needs more than {n} test images to calibrate with: give --fpr "
-                        f"{math.ceil(1e4 / (n + 1)) / 1e4:g} or more, or "
-                        f"{'a larger --max-images' if args.max_images else 'train on more images'}")
+    inliers = [load_inliers(c, args, split) for _, c, split in members]
+    tests = [sets["test"] for sets in inliers]
+    rank = flagging_rank(args, sum(len(np.unique(t.groups)) if t.groups is not None else len(t.pixels) for t in tests))
     from_first(lambda: make_folder(out))
     for note in own.notes:
         print(f"{own.name}: {note}")
     if Path(args.score).resolve() == Path(config["data"]):
         print("note: the model was trained on these images; the false-alarm rate holds for new ones only")
-    fitted = load_inliers(config, "train", args)
-    print(f"fitting {args.scores[0]} to {len(fitted.pixels):,} training images, calibrating on {n:,} test images",
-          flush=True)
-    agree({"train": fitted, "calibration": test, "score": own}, [args.iw_samples, args.scores, args.fpr])
-    train = Features(model, fitted.pixels, measure(
-        model, config, fitted.first(args.max_images or TRAIN_IMAGES), args, "train").likelihoods)
-    calibration = measure(model, config, test, args, "calibration")
-    features = measure(model, config, own, args, "score", first=n)  # its own noise: exchangeable with calibration's
-    scorers = {name: SCORES[name](train) for name in args.scores}
-    scores = {name: scorer(features) for name, scorer in scorers.items()}
-    p = conformal_p_values(scorers[args.scores[0]](calibration), scores[args.scores[0]])
-    flagged = p <= args.fpr
-    if RANK:
-        return
+    agree({"score": own} | {f"{part}{i}": s[part] for i, s in enumerate(inliers) for part in s},
+          [args.iw_samples, args.scores, args.fpr, args.confidence])
+    calibration = Calibration(args.scores[0])
+    for (model, c, _), sets in zip(members, inliers, strict=True):
+        print(f"fitting {args.scores[0]} to {len(sets['train'].pixels):,} training images, calibrating on "
+              f"{len(sets['test'].pixels):,} others", flush=True)
+        calibration.add(model, c, sets, own, args)
+    if RANK == 0:
+        report(calibration, own, rank, len(members), args, out)
+
+
+def report(calibration, own, rank, folds, args, out):
+    """Write scores.csv and outliers.png, and print the most outlying images and what the flags are worth."""
+    p, things, known = calibration.p_values(), calibration.things, calibration.siblings
+    flagged = p <= rank / (things + 1) + 1e-12
+    scores = {name: values / folds for name, values in calibration.new.items()}
+    score, likeness = scores[args.scores[0]], 1 - calibration.new_distance / folds
     if plots.available():
-        plots.outliers(out / "outliers.png", own.pixels.numpy(), p, scores[args.scores[0]],
-                       f"{Path(own.name).name}: {args.scores[0]}, calibrated on {n:,} images")
+        plots.outliers(out / "outliers.png", own.pixels.numpy(), p, score,
+                       f"{Path(own.name).name}: {args.scores[0]}, calibrated on {things:,} things")
     else:
         print("no figure: pip install matplotlib")
     names = own.files or range(len(p))
-    write_csv(out / "scores.csv", ["file" if own.files else "index", *args.scores, "p_value", "outlier"],
-              zip(names, *(scores[s].tolist() for s in args.scores), p.tolist(), flagged.astype(int).tolist(),
-                  strict=True))
+    checkpoint.write_csv(
+        out / "scores.csv", ["file" if own.files else "index", *scores, "p_value", "outlier", "likeness", "known"],
+        zip(names, *(values.tolist() for values in scores.values()), p.tolist(), flagged.astype(int).tolist(),
+            likeness.tolist(), known.astype(int).tolist(), strict=True))
     print(f"\n{'image':<40}{args.scores[0]:>19}{'p-value':>10}")
-    for i in np.argsort(-scores[args.scores[0]], kind="stable")[:10]:
-        print(f"{str(names[i])[-39:]:<40}{scores[args.scores[0]][i]:>12.1f}{'':7}{p[i]:>10.4f}"
-              f"{'  outlier' if flagged[i] else ''}")
-    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {args.fpr:g}: of images like the training data, "
-          f"{args.fpr:g} ± {math.sqrt(args.fpr * (1 - args.fpr) / n):.1g} would be (calibrated on {n:,} of them)\n"
-          f"written to {out / 'scores.csv'}")
+    for i in np.lexsort((-score, p))[:10]:
+        print(f"{str(names[i])[-39:]:<40}{score[i]:>12.1f}{'':7}{p[i]:>10.4f}{'  outlier' if flagged[i] else ''}")
+    if known.any():
+        print(f"{known.sum():,} of {len(p):,} images show what training images show ({calibration.copies.sum():,} are "
+              f"copies), {flagged[known].sum():,} of them flagged: the rate is that of new things")
+    if calibration.farther(own.pixels, folds) < 0.01:
+        print("these images lie farther from the training images than those that calibrate did: unless they are "
+              "outliers, they are of another kind, and the false-alarm rate is not assured for them")
+    low, high = false_alarm_range(rank, things)
+    confidence = f" with confidence {args.confidence:g}" if args.confidence else ""
+    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {rank / (things + 1):.4g}, for a false-alarm rate "
+          f"of {args.fpr:g}{confidence}: of new things like the training data, {rank / (things + 1):.1%} would be on "
+          f"average, between {low:.1%} and {high:.1%} for nine calibrations in ten (calibrated on {things:,} things, "
+          f"{calibration.images:,} images)\nwritten to {out / 'scores.csv'}")
+    if folds > 1:
+        print(f"{folds} folds: at most twice the rate is proven (arXiv 1905.02928), and about the rate is usual")
+
+
+def checkpoints(path):
+    """The checkpoints that --ckpt names: those of a run's folder or of its folds, best.pt where there is one in place
+    of ckpt.pt, which is for going on. Raises UserError."""
+    path = Path(path)
+    if path.is_dir():
+        folds = sorted(path.glob("fold-*"), key=lambda fold: (len(fold.name), fold.name))
+        if folds:
+            return [found for fold in folds for found in checkpoints(fold / "ckpt.pt")]
+        path /= "ckpt.pt"
+    best = path.with_name("best.pt")
+    return [best if path.name == "ckpt.pt" and best.exists() else path]
 
 
 def main(args):
@@ -253,18 +356,30 @@ def main(args):
     check_scores(args)
     device = pick_device(args.device)
     with workers(device, args.timeout):
-        model, config = checkpoint.load_model(args.ckpt, device)
+        paths = checkpoints(args.ckpt)
+        members = [checkpoint.load_model(path, device) for path in paths]
+        model, config, split = members[0]
+        for path in paths:
+            if path.name == "best.pt":
+                print(f"evaluating {path}, whose step was the best on validation images")
+        if len(members) != config.get("folds", 1) and (args.score or len(members) > 1):
+            raise UserError(f"{args.ckpt} holds {len(members)} of {config.get('folds', 1)} folds: give the folder of "
+                            "all of them, or go on with that run with --resume")
         decoded_once = args.score and not {SCORES[name] for name in args.scores} & set(DECODED_OFTEN)
         limit_images(args, config["shape"], config["alpha"], config["kappa"], device,
                      *((FIT_IMAGES, 1) if decoded_once else ()))
-        out = Path(args.out or Path(args.ckpt).parent)
+        out = Path(args.out or (args.ckpt if Path(args.ckpt).is_dir() else Path(args.ckpt).parent))
         if args.score and not args.out:
             own = Path(args.score).resolve()
             out /= f"score-{own.name if own.is_dir() else own.stem}"
         if args.score:
-            score_images(model, config, args, out)
+            score_images(members, args, out)
+        elif len(members) > 1:
+            raise UserError(f"{args.ckpt} holds {len(members)} folds: outlier sets are evaluated for one model; give "
+                            f"one of them, {paths[0].parent}")
         else:
-            sets = {part: load_inliers(config, part, args) for part in ("train", "test")} | load_outliers(config, args)
+            sets = load_inliers(config, args, split)
+            sets |= load_outliers(config, args, sets["test"])
             agree(sets, [args.iw_samples, args.scores])
             from_first(lambda: make_folder(out))
             evaluate_outliers(model, config, sets, args, out)

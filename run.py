@@ -11,7 +11,8 @@ it stopped and ends in the same parameters, bit for bit. Under torchrun, its wor
 
 import argparse
 
-from vae_ood.cli import Parser, add_evaluation_arguments, one_line_errors, positive_float, positive_int
+from vae_ood.cli import (
+    NAMED, Parser, add_evaluation_arguments, one_line_errors, positive_float, positive_int, rate)
 
 RECIPES = {  # the paper's section 4; and ours, tuned on training and inlier test bits per dimension alone
     "paper": {"gamma": "learn", "lr": 1e-4, "schedule": "constant", "iters": 200_000},
@@ -29,6 +30,15 @@ def parse_args():
                        help="intrinsic dimension of the sprites, 2 to 5 (default 4)")
     group.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be decoded")
     group.add_argument("--dequantize", action="store_true", help="train and evaluate on (pixel + U[0, 1)) / 256")
+    group = parser.add_argument_group("own pictures: which show one thing, and what is held out to calibrate")
+    group.add_argument("--group-by", metavar="near|folder|REGEX|FILE.csv|none", help="pictures of one thing are those "
+                       "that are alike (near, the default), lie in one folder, have the same match of an expression in "
+                       "their path (its first group, if it has one), or the same group in a table with the columns "
+                       "file (or index) and group; none: each is a thing of its own")
+    group.add_argument("--fpr", type=rate, default=0.05, help="the smallest false-alarm rate that will be asked of the "
+                       "detector: 1/FPR - 1 things are held out at least (default 0.05: 19)")
+    group.add_argument("--folds", type=positive_int, default=1, metavar="K", help="train K models, each without a K-th "
+                       "of the things, so that all calibrate: where there are few")
     group = parser.add_argument_group("model")
     group.add_argument("--alpha", type=positive_float, help="multiplies the channels 64, 128, 256 (default 1; sprites "
                        "0.25)")
@@ -75,6 +85,11 @@ def parse_args():
             args.gamma = positive_float(args.gamma)
         except (ValueError, argparse.ArgumentTypeError):
             parser.error(f"--gamma {args.gamma}: give learn, optimal, homotopy or a variance above 0")
+    own = args.data not in NAMED
+    if not own and (args.group_by or args.folds > 1):
+        parser.error(f"{'--group-by' if args.group_by else '--folds'}: {args.data} has a test part of its own; this is "
+                     "for own pictures")
+    args.group_by = (args.group_by or "near") if own else None
     if args.keep_at and max(args.keep_at) > args.iters:
         parser.error(f"--keep-at {max(args.keep_at)}: the last step is {args.iters}")
     if not 0 <= args.seed < 2**32:
@@ -86,6 +101,7 @@ if __name__ == "__main__":
     with one_line_errors():
         ARGS = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
 
+import functools
 import json
 import math
 import signal
@@ -102,17 +118,18 @@ from torch.nn.parallel import DistributedDataParallel
 import eval as evaluation
 from kernels.gaussian_log_likelihood import gaussian_log_likelihood, log_normal
 from kernels.reparameterize import reparameterize
-from vae_ood import UserError, checkpoint
+from vae_ood import UserError, checkpoint, groups
 from vae_ood.cli import RANK, WORLD, Progress, duration, out_of_memory, pick_device
-from vae_ood.data import DATASETS, TRAINING, batch_indices, generator, load, to_unit
+from vae_ood.data import TRAINING, batch_indices, generator, load, to_unit
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
-from vae_ood.parallel import agree, any_worker, part, total, workers
+from vae_ood.parallel import agree, any_worker, from_first, part, total, workers
 
 CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", "gamma", "schedule", "iters",
           "batch_size", "lr", "seed", "amp")  # what determines the result; a resumed run must agree in all of it
 LOG_EVERY = 50  # steps
+VALIDATED = 1_000  # images, a hundred times in a run: some twentieth of its time
 GAMMA_IMAGES = 10_000  # training images whose MSE is the gamma of a finished `optimal` or `homotopy` run
 MIN_GAMMA = 1e-10  # images that are reconstructed exactly have no finite log-likelihood
 HOMOTOPY = (0, 5000 / 7, 2000), (0, -5, -7)  # steps, log of the floor: slower where weak factors of the data join in
@@ -216,6 +233,13 @@ class Training:
             with torch.no_grad():
                 self.model.log_gamma.lerp_(mse.clamp(min=MIN_GAMMA).log(), 0.05)
 
+    def settle_gamma(self):
+        """Where gamma is not trained, it becomes the MSE on (at most GAMMA_IMAGES) training images."""
+        if self.profiled:
+            mse = evaluate(self.model, self.images[:GAMMA_IMAGES], 1, self.args.seed, self.args.dequantize)["mse"]
+            with torch.no_grad():
+                self.model.log_gamma.fill_(math.log(max(mse.mean(), MIN_GAMMA)))
+
     def warm_up(self, step):
         """Two steps without an update, the first of which compiles; the seconds of the second."""
         try:
@@ -234,19 +258,64 @@ class Training:
         return time.perf_counter() - started
 
 
-def train(args, images, out, device):
+class Winner:
+    """The weights with the best bits per dimension on validation images [N, C, H, W] so far, their gamma being the
+    training MSE then. `best.pt` holds them whenever a checkpoint is saved."""
+
+    def __init__(self, args, images, path):
+        self.args, self.images, self.path = args, images[:VALIDATED], path
+        self.every = LOG_EVERY * max(1, args.iters // (100 * LOG_EVERY))
+        self.step, self.bpd, self.weights = 0, math.inf, None
+
+    def resume(self, step):
+        """Go on after `step`: with what best.pt holds of a step before it."""
+        if step:
+            state = from_first(lambda: checkpoint.load(self.path) if self.path.exists() else None)
+            if state and state["step"] <= step:
+                self.step, self.bpd, self.weights = state["step"], state["validation_bpd"], state["model"]
+        elif RANK == 0:
+            self.path.unlink(missing_ok=True)
+
+    def compare(self, model, step):
+        """The bits per dimension after `step`, which wins if they are the fewest so far."""
+        bpd = validation_bpd(model, self.images, self.args)
+        if bpd < self.bpd:
+            self.step, self.bpd = step, bpd
+            self.weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        return bpd
+
+    def save(self, config, split):
+        """Write best.pt."""
+        if RANK == 0 and self.weights:
+            checkpoint.save_weights(self.path, self.weights, self.step, config, split, validation_bpd=self.bpd)
+
+
+def validation_bpd(model, images, args):
+    """The mean bits per dimension of images [N, C, H, W] by one sample of z each, always the same ones."""
+    nll = evaluate(model, images, 1, args.seed, args.dequantize)["nll"]
+    return bits_per_dim(float(nll.mean()), images[0].numel())
+
+
+def train(args, images, out, device, split=None, validation=None):
     """Train on uint8 images [N, C, H, W] to args.iters, checkpointing to `out`; returns (model, config).
 
-    Raises KeyboardInterrupt after a signal, and UserError where the loss is not finite; the checkpoint is good then.
+    With `validation` images [M, C, H, W] the model is that of the step that is best on them, also in best.pt. `split`,
+    own images' groups and parts, goes into the checkpoints. Raises KeyboardInterrupt after a signal, and UserError
+    where the loss is not finite; the checkpoint is good then.
     """
     config = {name: getattr(args, name) for name in CONFIG} | {
         "shape": list(images.shape[1:]), "images_crc32": zlib.crc32(images.numpy())}
+    if split:
+        config |= {"group_by": args.group_by, "folds": args.folds}
     run = Training(args, images, device)
     model, optimizer, n, d, b = run.model, run.optimizer, len(images), images[0].numel(), args.batch_size
     ckpt = out / "ckpt.pt"
     step, seconds_before, saved_step = checkpoint.resume(ckpt, config, model, optimizer)
     if RANK == 0:
         checkpoint.write_atomic(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+    winner = None if validation is None else Winner(args, validation, out / "best.pt")
+    if winner:
+        winner.resume(step)
 
     def check(losses):
         """UserError if one of the losses since the last check, or a parameter, is not finite."""
@@ -259,9 +328,11 @@ def train(args, images, out, device):
                             + (f" ({ckpt} keeps the last good state)" if saved_step is not None else ""))
 
     def save():
+        if winner:
+            winner.save(config, split)
         if RANK == 0:
             checkpoint.save(ckpt, model, optimizer, step, config, seconds_before + time.perf_counter() - started,
-                            saved_step, args.keep)
+                            saved_step, args.keep, split)
         return step
 
     signals = []
@@ -299,6 +370,8 @@ def train(args, images, out, device):
                               "images_per_second": round(speed, 1), "loss": loss, "bpd": bits_per_dim(loss, d),
                               "mse": mse.item(), "gamma": gamma.item(), "kl": sum(kl), "grad_norm": grad_norm.item(),
                               "grad_z_norm": grad_z_norm, "active_dims": sum(k > ACTIVE_NATS for k in kl)}
+                    if winner and (step % winner.every == 0 or step == args.iters):
+                        record["validation_bpd"] = winner.compare(model, step)
                     if RANK == 0:
                         log.write(json.dumps(record) + "\n")
                         log.flush()
@@ -307,16 +380,14 @@ def train(args, images, out, device):
                     text = f"bpd {record['bpd']:.3f}  gamma {record['gamma']:.5f}  {speed:.0f} images/s  {left} left"
                 bar.update(step, text)
                 if step in args.keep_at and RANK == 0:
-                    checkpoint.save_weights(out / f"step-{step}.pt", model, step, config)
+                    checkpoint.save_weights(out / f"step-{step}.pt", model.state_dict(), step, config, split)
                 if saving:
                     saved_step = save()
                     saved = time.perf_counter()
         if losses:
             check(losses)
-        if step == args.iters and run.profiled:
-            stats = evaluate(model, run.images[:GAMMA_IMAGES], 1, args.seed, args.dequantize)
-            with torch.no_grad():
-                model.log_gamma.fill_(math.log(max(stats["mse"].mean(), MIN_GAMMA)))
+        if step == args.iters:
+            run.settle_gamma()
         save()
         stopped, = any_worker(bool(signals))
     finally:
@@ -325,7 +396,55 @@ def train(args, images, out, device):
             signal.signal(number, handler)
     if stopped:
         raise KeyboardInterrupt(f"step {step:,} is saved in {ckpt}: the same command with --resume goes on")
+    if winner:
+        settle(winner, run, config, split)
     return model.eval().requires_grad_(False), config
+
+
+def settle(winner, run, config, split):
+    """Take the winner's weights, with the gamma that they ask for, write best.pt, and say which step's they are."""
+    model, args = run.model, run.args
+    if winner.weights is None:  # best.pt has been deleted since the last step
+        winner.compare(model, args.iters)
+    last = validation_bpd(model, winner.images, args)
+    model.load_state_dict(winner.weights)
+    run.settle_gamma()
+    winner.weights, winner.bpd = model.state_dict(), validation_bpd(model, winner.images, args)
+    winner.save(config, split)
+    if winner.step == args.iters:
+        print(f"bpd {last:.3f} on {len(winner.images):,} validation images, the best yet: more steps may improve it")
+    else:
+        print(f"stopped improving at step {winner.step:,} of {args.iters:,}, whose weights are kept as best.pt and "
+              f"evaluated: bpd {winner.bpd:.3f} on {len(winner.images):,} validation images, {last:.3f} after the last")
+
+
+def own_parts(images, args, out, fold, labels):
+    """Of own images: ({"train", "validation", "test"}, the split {"group", "part"} [N]), which is that of the run in
+    `out` where it goes on, None if that is from before there were groups."""
+    state, _ = from_first(lambda: checkpoint.load_newest(out / "ckpt.pt")) if args.resume else (None, [])
+    if state:
+        split = state.get("split")
+    else:
+        which = groups.split(labels(), groups.digests(images.pixels), args.fpr, args.folds, fold, images.given)
+        split = {"group": torch.from_numpy(labels()), "part": torch.from_numpy(which)}
+    return groups.parts(images, split), split
+
+
+def describe(parts, args):
+    """Say what the pictures show, what is held out and what can be promised with that."""
+    things = {name: len(np.unique(part.groups)) for name, part in parts.items()}
+    everything = np.concatenate([part.groups for part in parts.values()])
+    print(f"{len(everything):,} pictures show about {len(np.unique(everything)):,} things: {things['test']:,} whole "
+          f"things ({len(parts['test'].groups):,} pictures) are held out to calibrate"
+          + (f", {things['validation']:,} ({len(parts['validation'].groups):,}) to validate" if "validation" in parts
+             else "; too few to validate with, so the last step's weights are kept"))
+    if args.folds == 1 and things["test"] < groups.things_needed(args.fpr):
+        print(f"the smallest false-alarm rate that {things['test']:,} things can promise is "
+              f"{math.ceil(1e4 / (things['test'] + 1)) / 1e4:.2%}, not {args.fpr:.2%}: add pictures of other things, "
+              "or calibrate on all of these with --folds 5")
+    if shared := len(np.intersect1d(parts["train"].groups, parts["test"].groups)):
+        print(f"{shared:,} things are among train_images and test_images both: the false-alarm rate holds for new "
+              "pictures of known things only")
 
 
 def main(args):
@@ -333,28 +452,54 @@ def main(args):
     device = pick_device(args.device)
     if args.batch_size < WORLD:
         raise UserError(f"--batch-size {args.batch_size}: each of the {WORLD} workers needs an image of a step")
-    if args.data not in DATASETS and args.data != "sprites":
+    own = args.data not in NAMED
+    if own:
         if not Path(args.data).exists():
-            raise UserError(f"unknown data '{args.data}': give a path that exists, or one of sprites, "
-                            f"{', '.join(DATASETS)}")
+            raise UserError(f"unknown data '{args.data}': give a path that exists, or one of {', '.join(NAMED)}")
         args.data = str(Path(args.data).resolve())
+        if args.group_by.endswith(".csv"):
+            args.group_by = str(Path(args.group_by).resolve())
     name = Path(args.data).stem + (str(args.sprite_factors) if args.sprite_factors != 4 else "")
     out = Path(args.out or f"runs/{name}_a{args.alpha:g}_k{args.kappa}_s{args.seed}")
     with workers(device, args.timeout):
-        images = load(args.data, "train", args.data_root, None, args.sprite_factors, args.skip_bad)
-        sets = {}
-        if not args.no_eval:  # before the training, so that a missing file is not found out after it
-            config = vars(args) | {"shape": list(images.pixels.shape[1:])}
-            evaluation.limit_images(args, config["shape"], args.alpha, args.kappa, device)
-            sets = {"train": images.first(args.max_images or evaluation.FIT_IMAGES),
-                    "test": evaluation.load_inliers(config, "test", args)} | evaluation.load_outliers(config, args)
-        agree({"train": images} | sets, [getattr(args, name) for name in (*CONFIG, "iw_samples", "scores")])
-        for note in images.notes:
-            print(f"train: {note}")
-        with checkpoint.folder_of_run(out, args.resume):
-            model, config = train(args, images.pixels, out, device)
-            if sets:
-                evaluation.evaluate_outliers(model, config, sets, args, out)
+        if not own:
+            sets = {part: load(args.data, part, args.data_root, None, args.sprite_factors, args.skip_bad)
+                    for part in (("train",) if args.no_eval else ("train", "test"))}
+            train_and_evaluate(args, sets, None, out, device)
+            return
+        images = load(args.data, "all", args.data_root, None, args.sprite_factors, args.skip_bad)
+        labels = functools.cache(lambda: from_first(
+            lambda: torch.from_numpy(groups.group(images, args.group_by))).numpy())
+        for fold in range(args.folds):
+            place = out / f"fold-{fold + 1}" if args.folds > 1 else out
+            if args.folds > 1:
+                print(f"fold {fold + 1} of {args.folds}")
+            sets, split = own_parts(images, args, place, fold, labels)
+            if split:
+                describe(sets, args)
+            train_and_evaluate(args, sets, split, place, device, images.files)
+
+
+def train_and_evaluate(args, sets, split, out, device, files=None):
+    """Train on sets["train"], and evaluate; `split` and `files` of own images go to groups.csv."""
+    images = sets["train"]
+    for note in images.notes:
+        print(f"train: {note}")
+    validation = sets.pop("validation", None)
+    if not args.no_eval:  # before the training, so that a missing file is not found out after it
+        config = vars(args) | {"shape": list(images.pixels.shape[1:])}
+        evaluation.limit_images(args, config["shape"], args.alpha, args.kappa, device)
+        sets = evaluation.limited(sets, args)
+        sets |= evaluation.load_outliers(config, args, sets["test"])
+    agree({"train": images} | sets, [getattr(args, name) for name in (*CONFIG, "iw_samples", "scores")])
+    with checkpoint.folder_of_run(out, args.resume):
+        if split and RANK == 0:
+            checkpoint.write_csv(out / "groups.csv", ["file" if files else "index", "group", "part"], zip(
+                files or range(len(split["group"])), split["group"].tolist(), (groups.PARTS[p] for p in split["part"]),
+                strict=True))
+        model, config = train(args, images.pixels, out, device, split, validation.pixels if validation else None)
+        if not args.no_eval:
+            evaluation.evaluate_outliers(model, config, sets, args, out)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ def saved(tmp_path):
 
 def test_what_is_saved_is_loaded(saved):
     path, model, _ = saved
-    loaded, config = checkpoint.load_model(path)
-    assert config == CONFIG and checkpoint.load(path)["step"] == 7
+    loaded, config, split = checkpoint.load_model(path)
+    assert config == CONFIG and split is None and checkpoint.load(path)["step"] == 7
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
 
@@ -126,6 +126,8 @@ def test_files_that_are_no_checkpoint(saved, tmp_path):
     ({"config": CONFIG | {"alpha": "wide"}}, "settings are unusable"),
     ({"config": CONFIG | {"data": None}}, "settings are unusable"),
     ({"config": MODEL}, "settings are unusable"),
+    ({"split": {"group": torch.arange(3), "part": torch.zeros(4)}}, "settings are unusable"),
+    ({"split": 3}, "settings are unusable"),
 ])
 def test_tampered_checkpoints(saved, change, message):
     path, _, _ = saved

@@ -20,6 +20,7 @@ from scipy.io import savemat
 
 from vae_ood import UserError, data
 from vae_ood.data import CORRUPTIONS, Images, convert, corrupt, fetch, generator, load, to_unit
+from vae_ood.groups import PARTS, parts
 
 RNG = np.random.default_rng(0)
 
@@ -250,26 +251,36 @@ def test_own_images_in_every_layout(tmp_path, layout):
     everything = load(str(path), "all")
     order = sorted(range(30), key=lambda i: (i % 3, i)) if layout == "folder" else range(30)
     np.testing.assert_array_equal(everything.pixels.numpy(), images[list(order)].transpose(0, 3, 1, 2))
-    train, test = load(str(path), "train"), load(str(path), "test")
-    assert len(train.pixels) + len(test.pixels) == 30 and 1 <= len(test.pixels) <= 9
-    union = {p.numpy().tobytes() for part in (train, test) for p in part.pixels}
-    assert union == {p.numpy().tobytes() for p in everything.pixels}
-    if layout == "folder":
-        assert everything.files[0] == "class0/00.png" and set(test.files) < set(everything.files)
+    split = {"group": torch.arange(30), "part": torch.arange(30, dtype=torch.uint8) % 3}
+    some = parts(everything, split)
+    assert [len(some[name].pixels) for name in PARTS] == [10, 10, 10]
+    for number, name in enumerate(PARTS):
+        assert sorted(some[name].groups) == list(range(number, 30, 3))
+        assert torch.equal(some[name].pixels, everything.pixels[torch.from_numpy(some[name].groups)])
+        if layout == "folder":
+            assert some[name].files == [everything.files[i] for i in some[name].groups]
+    assert layout != "folder" or everything.files[0] == "class0/00.png"
 
 
-def test_an_image_stays_in_its_part_when_others_join_and_duplicates_share_one(tmp_path):
+def test_checkpoints_from_before_groups_keep_their_split(tmp_path):
+    """About a tenth, by the pixels alone: adding images moves none, and copies stay together."""
     images = random_images(300, 5, 5)
     np.save(tmp_path / "a.npy", images)
     np.save(tmp_path / "b.npy", np.concatenate([random_images(50, 5, 5), images, images[:100]]))
-    parts = {(name, split): [p.numpy().tobytes() for p in load(str(tmp_path / name), split).pixels]
-             for name in ("a.npy", "b.npy") for split in ("train", "test")}
-    assert 12 <= len(parts["a.npy", "test"]) <= 50  # a tenth, within four standard errors
-    for split in ("train", "test"):
-        assert set(parts["a.npy", split]) <= set(parts["b.npy", split])
-    assert not set(parts["b.npy", "train"]) & set(parts["b.npy", "test"])
-    order = [{i.tobytes(): n for n, i in enumerate(images)}[p] for p in parts["a.npy", "train"]]
+    split = {(name, part): [p.numpy().tobytes() for p in some.pixels] for name in ("a.npy", "b.npy")
+             for part, some in parts(load(str(tmp_path / name), "all")).items()}
+    assert 12 <= len(split["a.npy", "test"]) <= 50  # a tenth, within four standard errors
+    for part in ("train", "test"):
+        assert set(split["a.npy", part]) <= set(split["b.npy", part])
+    assert not set(split["b.npy", "train"]) & set(split["b.npy", "test"])
+    order = [{i.tobytes(): n for n, i in enumerate(images)}[p] for p in split["a.npy", "train"]]
     assert abs(np.corrcoef(order, range(len(order)))[0, 1]) < 0.3  # shuffled: the first N are a fair sample
+
+
+def test_a_split_of_other_images_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", random_images(12, 5, 5))
+    with pytest.raises(UserError, match="holds 12 images now, and held 11"):
+        parts(load(str(tmp_path / "a.npy"), "all"), {"group": torch.arange(11), "part": torch.zeros(11)})
 
 
 def test_gray_arrays_and_ready_made_splits(tmp_path):
@@ -277,9 +288,10 @@ def test_gray_arrays_and_ready_made_splits(tmp_path):
     assert load(str(tmp_path / "gray.npy"), "all").pixels.shape == (25, 1, 5, 9)
     path = tmp_path / "split.npz"
     np.savez(path, train_images=random_images(4, 8, 8), test_images=random_images(2, 8, 8))
-    assert [len(load(str(path), s).pixels) for s in ("train", "test", "all")] == [4, 2, 6]
-    np.savez(path, train_images=random_images(200, 8, 8))  # one array, whatever its name: split as any other
-    assert sum(len(load(str(path), s).pixels) for s in ("train", "test")) == 200
+    images = load(str(path), "all")
+    assert images.given == 4 and [len(parts(images)[s].pixels) for s in ("train", "test")] == [4, 2]
+    np.savez(path, train_images=random_images(200, 8, 8))  # one array, whatever its name: to be split as any other
+    assert load(str(path), "all").given is None
     np.savez(path, train_images=random_images(4, 8, 8), test_images=random_images(2, 9, 9))
     with pytest.raises(UserError, match="differ in shape"):
         load(str(path), "all")

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from vae_ood.metrics import conformal_p_values, detection, latent_spectrum, mmd
+from vae_ood.metrics import (
+    binomial_tail,
+    confident_rank,
+    conformal_p_values,
+    detection,
+    false_alarm_range,
+    latent_spectrum,
+    mmd,
+)
 
 
 @pytest.mark.parametrize("decimals", [1, 12])  # 1: many ties
@@ -57,6 +65,28 @@ def test_conformal_p_values_by_the_formula_with_ties():
     calibration, scores = np.array([1.0, 2.0, 2.0, 5.0]), np.array([0.0, 2.0, 5.0, 6.0])
     expected = [(1 + (calibration >= s).sum()) / 5 for s in scores]
     np.testing.assert_array_equal(conformal_p_values(calibration, scores), expected)
+
+
+def test_grouped_p_values_by_the_formula_with_ties():
+    rng = np.random.default_rng(0)
+    calibration, groups, scores = rng.integers(0, 6, 40), rng.integers(0, 7, 40), rng.integers(-1, 7, 30)
+    shares = [[(calibration[groups == g] >= s).mean() for g in np.unique(groups)] for s in scores]
+    np.testing.assert_allclose(conformal_p_values(calibration, scores, groups), (1 + np.sum(shares, 1)) / 8, rtol=1e-8)
+    thirds = conformal_p_values(np.repeat([1.0, 2], 3), [1.0], np.repeat([0, 1], 3))
+    assert thirds[0] == 1.0  # a whole group counts exactly one
+    np.testing.assert_array_equal(conformal_p_values(calibration, scores, np.arange(40)),
+                                  conformal_p_values(calibration, scores))
+
+
+def test_what_a_calibration_can_promise_matches_scipy():
+    from scipy.stats import beta, binom
+    for k, n in ((1, 19), (3, 60), (500, 9999)):
+        assert false_alarm_range(k, n) == pytest.approx(beta.ppf([0.05, 0.95], k, n + 1 - k), rel=1e-9)
+        assert binomial_tail(k, n, 0.05) == pytest.approx(binom.sf(k - 1, n, 0.05), rel=1e-9)
+    assert confident_rank(58, 0.05, 0.95) == 0 and confident_rank(59, 0.05, 0.95) == 1
+    for n in (100, 1000, 9999):
+        k = confident_rank(n, 0.05, 0.9)
+        assert beta.sf(0.05, k, n + 1 - k) <= 0.1 < beta.sf(0.05, k + 1, n - k)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])

@@ -157,7 +157,7 @@ def test_scores_are_fitted_to_more_training_images_than_are_evaluated(tmp_path, 
                            skip_bad=False)
     config = {"data": "sprites", "sprite_factors": 4, "skip_bad": False, "shape": [1, 32, 32], "seed": 0, "kappa": 3,
               "alpha": 0.05, "dequantize": False}
-    sets = {part: evaluation.load_inliers(config, part, args) for part in ("train", "test")}
+    sets = evaluation.load_inliers(config, args)
     sets["test"] = sets["noise"] = sets["test"].first(15)
     model = VAE((1, 32, 32), 0.05, 3).eval().requires_grad_(False)
     evaluation.evaluate_outliers(model, config, sets, args, tmp_path)

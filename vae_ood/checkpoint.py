@@ -1,5 +1,6 @@
 """Atomic save and safe load of checkpoints: plain tensors and plain values, never a pickled object."""
 
+import csv
 import io
 import json
 import os
@@ -44,15 +45,25 @@ def write_atomic(path, data, aside=None):
                         "--out") from None
 
 
-def save(path, model, optimizer, step, config, seconds=0.0, before=None, keep=1):
-    """Save the state after `step` training steps as `path`; `config` is a dict of plain values. Raises UserError.
+def write_csv(path, header, rows):
+    """Write a table with its floats in full precision, atomically. Raises UserError."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+def save(path, model, optimizer, step, config, seconds=0.0, before=None, keep=1, split=None):
+    """Save the state after `step` training steps as `path`; `config` is a dict of plain values, `split` own images'
+    groups and parts. Raises UserError.
 
     What `path` held, of the step `before`, is kept beside it as <stem>-<before>.pt, as far as there are to be `keep`
     checkpoints in all; older ones are removed.
     """
     buffer, path = io.BytesIO(), Path(path)
     torch.save({"version": VERSION, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                "config": config, "seconds": seconds}, buffer)
+                "config": config, "seconds": seconds} | ({"split": split} if split else {}), buffer)
     aside = before is not None and before < step and keep > 1 and path.exists()
     write_atomic(path, buffer.getbuffer(), path.with_name(f"{path.stem}-{before}.pt") if aside else None)
     for number, old in earlier(path):
@@ -62,11 +73,12 @@ def save(path, model, optimizer, step, config, seconds=0.0, before=None, keep=1)
             old.unlink(missing_ok=True)
 
 
-def save_weights(path, model, step, config):
-    """Save the weights alone after `step` training steps: enough to evaluate, not to resume. Raises UserError."""
+def save_weights(path, weights, step, config, split=None, **more):
+    """Save the weights alone, a state_dict after `step` training steps: enough to evaluate, not to resume. Raises
+    UserError."""
     buffer = io.BytesIO()
-    torch.save({"version": VERSION, "model": model.state_dict(), "optimizer": {}, "step": step, "config": config,
-                "seconds": 0.0}, buffer)
+    torch.save({"version": VERSION, "model": weights, "optimizer": {}, "step": step, "config": config, "seconds": 0.0}
+               | ({"split": split} if split else {}) | more, buffer)
     write_atomic(path, buffer.getbuffer())
 
 
@@ -150,10 +162,14 @@ def restore(state, path, model, optimizer=None, assign=False):
 
 
 def load_model(path, device="cpu"):
-    """(model, config) of a checkpoint, ready to evaluate on `device`. Raises UserError."""
+    """(model, config, split) of a checkpoint, the model ready to evaluate on `device`; the split of own images,
+    {"group", "part"} [N], else None. Raises UserError."""
     state = from_first(lambda: load(path))
     try:
-        config = state["config"]
+        config, split = state["config"], state.get("split")
+        if split is not None and [(split[name].dtype, split[name].shape) for name in ("group", "part")] != [
+                (dtype, (len(split["group"]),)) for dtype in (torch.int32, torch.uint8)]:
+            raise ValueError
         types = {"data": str, "sprite_factors": int, "skip_bad": bool, "dequantize": bool, "seed": int}
         if not all(isinstance(config[name], kind) for name, kind in types.items()):
             raise TypeError
@@ -163,7 +179,7 @@ def load_model(path, device="cpu"):
         raise UserError(f"{path} is damaged: its settings are unusable ({type(error).__name__})") from None
     restore(state, path, model, assign=True)
     model = model.to(device, memory_format=torch.channels_last)
-    return model.eval().requires_grad_(False), config
+    return model.eval().requires_grad_(False), config, split
 
 
 @contextmanager

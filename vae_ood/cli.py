@@ -20,6 +20,9 @@ RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for n
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))  # as torchrun sets them
 
 
+NAMED = ("sprites", "fashionmnist", "mnist", "cifar10", "svhn", "celeba")  # to train on, with a test part of their own
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
@@ -93,6 +96,14 @@ def positive_float(text):
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
+
+
+def rate(text):
+    """argparse type: a number between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie between 0 and 1")
     return value
 
 

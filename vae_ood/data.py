@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from vae_ood import UserError
 from vae_ood.cli import lock
 
-SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR, REGRET, CORRUPTION = range(7)  # streams of random numbers
+# streams of random numbers
+SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR, REGRET, CORRUPTION, DEQUANTISATION = range(8)
 PAIRS = {  # the outlier sets of a data set, the paper's where it has some
     "sprites": ("two_blobs", "discs", "cut_out", "noise", "constant"), "fashionmnist": ("mnist",),
     "mnist": ("fashionmnist",), "cifar10": ("svhn", "celeba"), "svhn": ("cifar10",), "celeba": ("cifar10", "svhn")}
@@ -55,16 +56,27 @@ DOWNLOADS = {  # (data set, file): (address, MD5)
 
 @dataclass
 class Images:
-    """uint8 pixels [N, C, H, W]; `notes` says what was left out or converted; `files` names own images, else None."""
+    """uint8 pixels [N, C, H, W]; `notes` says what was left out or converted; `files` names own pictures, else None;
+    `groups` [N] are equal where images show one thing, None where each is a thing of its own; `given` is how many of
+    the first are for training, where the file says so."""
 
     name: str
     pixels: torch.Tensor
     notes: list[str] = field(default_factory=list)
     files: list[str] | None = None
+    groups: np.ndarray | None = None
+    given: int | None = None
 
     def first(self, n):
         """The first n of the images."""
-        return replace(self, pixels=self.pixels[:n], files=self.files and self.files[:n])
+        return self.take(slice(n))
+
+    def take(self, rows):
+        """Some of the images, by a slice or an array of indices."""
+        files = self.files and (self.files[rows] if isinstance(rows, slice) else [self.files[i] for i in rows])
+        pixels = self.pixels[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
+        return replace(self, pixels=pixels, files=files, groups=None if self.groups is None else self.groups[rows],
+                       given=None)
 
 
 def generator(seed, stream, index=0):
@@ -99,10 +111,10 @@ def load(data, split, root=None, shape=None, factors=4, skip_bad=False):
     """Load `data`, a name in DATASETS, SPRITES or SYNTHETIC or a path to own images, as `Images`; `corrupt` makes
     CORRUPTIONS.
 
-    split: "train", "test", or "all" of own images (of a named set: its test part). shape: (C, H, W) to convert to,
-    needed by SYNTHETIC, the sets made up to fit the inliers; smaller images of (Fashion)MNIST are padded with
-    their black, others resized. factors: the intrinsic dimension of the sprites. skip_bad: leave undecodable pictures
-    out instead of refusing them. Raises UserError for whatever cannot be read.
+    split: "train", "test", or "all" (of a named set: its test part); own images come whole. shape: (C, H, W) to
+    convert to, needed by SYNTHETIC, the sets made up to fit the inliers; smaller images of (Fashion)MNIST are padded
+    with their black, others resized. factors: the intrinsic dimension of the sprites. skip_bad: leave undecodable
+    pictures out instead of refusing them. Raises UserError for whatever cannot be read.
     """
     root = Path(root) if root else default_root()
     names = [*DATASETS, *SPRITES, *SYNTHETIC]
@@ -117,7 +129,7 @@ def load(data, split, root=None, shape=None, factors=4, skip_bad=False):
         pixels = rng.integers(0, 256, (n, *(shape if data == "noise" else (shape[0], 1, 1))), np.uint8)
         images = Images(data, torch.from_numpy(np.broadcast_to(pixels, (n, *shape)).copy()))
     elif Path(data).exists():
-        images = own_images(Path(data), split, shape, skip_bad)
+        images = own_images(Path(data), shape, skip_bad)
     else:
         raise UserError(f"unknown data '{data}': it is neither a path that exists nor one of "
                         f"{', '.join([*names, *(CORRUPTIONS if shape else ())])}")
@@ -350,31 +362,15 @@ DATASETS = {"fashionmnist": _idx, "mnist": _idx, "cifar10": _cifar10, "svhn": _s
 
 # ---- own images --------------------------------------------------------------------------------------------------
 
-def own_images(path, split="all", shape=None, skip_bad=False):
-    """A folder of pictures (recursively), a .npy or a .npz as `Images`.
-
-    split "test" is about a tenth, "train" the rest, "all" everything. An image's part depends on its pixels alone, so
-    adding images moves none from one part to the other and a duplicate is never in both; within a part the order is
-    random too. An .npz with arrays train_images and test_images is split by them instead. Pictures of different sizes
-    are converted to `shape` one by one where it is given.
-    """
+def own_images(path, shape=None, skip_bad=False):
+    """A folder of pictures (recursively), a .npy or a .npz as `Images`. Pictures of different sizes are converted to
+    `shape` one by one where it is given. Of an .npz with arrays train_images and test_images, the first `given` are the
+    former."""
     if path.is_dir():
-        images, ready = _folder(path, shape, skip_bad), False
-    elif path.suffix in (".npy", ".npz"):
-        images, ready = _arrays(path, split)
-    else:
-        raise UserError(f"{path} is neither a folder of pictures nor a .npy or .npz file")
-    if split == "all":
-        return images
-    digests = [hashlib.blake2b(p.numpy().tobytes(), digest_size=8).digest() for p in images.pixels]
-    n, order = len(digests), sorted(range(len(digests)), key=digests.__getitem__)
-    chosen = [i for i in order if ready or (digests[i][-1] % 10 == 0) == (split == "test")]
-    if not ready:
-        if not 0 < len(chosen) < n:
-            raise UserError(f"{path} holds {n} images, too few different ones for a training and a test part: add some")
-        images.notes.append(f"{len(chosen):,} of {n:,} images are the {split} part")
-    return replace(images, pixels=images.pixels[torch.tensor(chosen)],
-                   files=images.files and [images.files[i] for i in chosen])
+        return _folder(path, shape, skip_bad)
+    if path.suffix in (".npy", ".npz"):
+        return _arrays(path)
+    raise UserError(f"{path} is neither a folder of pictures nor a .npy or .npz file")
 
 
 class _Undecodable(UserError):
@@ -437,16 +433,15 @@ def _folder(path, shape, skip_bad):
     return Images(str(path), torch.stack([p.expand(channels, -1, -1) for _, p in good]), notes, [n for n, _ in good])
 
 
-def _arrays(path, split):
-    """The images of a .npy or .npz, and whether they are already the asked split."""
+def _arrays(path):
     try:
         loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # mmap checks the size that the header claims
         if isinstance(loaded, np.ndarray):
-            return Images(str(path), _pixels(loaded, path)), False
+            return Images(str(path), _pixels(loaded, path))
         with loaded:
             parts = ["train_images", "test_images"]
             if ready := set(parts) <= set(loaded.files):
-                wanted = parts if split == "all" else [f"{split}_images"]
+                wanted = parts
             elif "images" in loaded.files or len(loaded.files) == 1:
                 wanted = ["images" if "images" in loaded.files else loaded.files[0]]
             else:
@@ -456,7 +451,7 @@ def _arrays(path, split):
             pixels = [_pixels(loaded[key], path) for key in wanted]
             if len({p.shape[1:] for p in pixels}) > 1:
                 raise UserError(f"the training and test images of {path} differ in shape: make them equal")
-            return Images(str(path), torch.cat(pixels)), ready
+            return Images(str(path), torch.cat(pixels), given=len(pixels[0]) if ready else None)
     except UserError:
         raise
     except Exception as error:  # numpy raises nearly anything on a damaged header

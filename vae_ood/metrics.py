@@ -44,14 +44,52 @@ def detection(inliers, outliers, resamples=500, seed=0):
     return result | {"n_in": len(a), "n_out": len(b)}
 
 
-def conformal_p_values(calibration, scores):
-    """P-values (1 + #{calibration >= score}) / (n + 1) of scores [m] from inlier scores [n] the model never saw.
+def exceeding_groups(calibration, groups, scores):
+    """The sum over the groups of the share of a group's images that score at least as high as each of `scores` [m],
+    from inlier scores [n] and their groups [n]; and the number of groups."""
+    _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.argsort(calibration, kind="stable")
+    share = np.append(np.cumsum(1 / size[group[order]][::-1])[::-1], 0)
+    share = share[np.searchsorted(np.asarray(calibration)[order], scores, side="left")]
+    return share.round(9), len(size)  # whole groups make whole numbers
 
-    If a scored image is exchangeable with the calibration images, P(p <= a) <= a for every a.
+
+def conformal_p_values(calibration, scores, groups=None):
+    """P-values of scores [m] from inlier scores [n] that the model never saw, in [1 / (G + 1), 1].
+
+    p = (1 + the sum over the G groups of the share of a group's images that score at least as high) / (G + 1), for an
+    image of a new group: where groups are exchangeable, P(p <= a) <= a for every a (two-layer conformal prediction,
+    arXiv 1809.07441, 2306.06342). Without `groups` [n] each image is one: p = (1 + #{calibration >= score}) / (n + 1).
     """
-    calibration = np.sort(calibration)
-    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    return (1 + at_least) / (len(calibration) + 1)
+    exceeding, n = exceeding_groups(calibration, np.arange(len(calibration)) if groups is None else groups, scores)
+    return (1 + exceeding) / (n + 1)
+
+
+def binomial_tail(k, n, x):
+    """P(B >= k) of B ~ Binomial(n, x), 0 < x < 1: the distribution function of Beta(k, n + 1 - k) at x."""
+    j = np.arange(k, n + 1)
+    log_factorial = np.concatenate([[0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    terms = log_factorial[n] - log_factorial[j] - log_factorial[n - j] + j * np.log(x) + (n - j) * np.log1p(-x)
+    return float(np.minimum(np.exp(terms).sum(), 1))
+
+
+def false_alarm_range(k, n, share=0.9):
+    """The rates (low, high) between which a threshold's false-alarm rate lies for this share of the calibrations with n
+    exchangeable images, k = the rank of the threshold, 1 to n: quantiles of Beta(k, n + 1 - k) (arXiv 1209.2673). For
+    groups of several images the rate varies less."""
+    def quantile(level):
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            x = (low + high) / 2
+            low, high = (x, high) if binomial_tail(k, n, x) < level else (low, x)
+        return low
+    return quantile((1 - share) / 2), quantile((1 + share) / 2)
+
+
+def confident_rank(n, fpr, confidence):
+    """The largest rank k at which flagging p <= k / (n + 1) keeps the false-alarm rate at most `fpr` for a share
+    `confidence` of the calibrations with n exchangeable images (arXiv 1209.2673); 0 where there is none."""
+    return next((k for k in range(int(fpr * (n + 1) + 1e-9), 0, -1) if binomial_tail(k, n, fpr) >= confidence), 0)
 
 
 def mmd(x, y, rows=500):

@@ -14,7 +14,8 @@ def available():
     return True
 
 
-def _figure(width=7.0, height=4.2):
+def figure_and_axes(width=7.0, height=4.2):
+    """A new figure with one pair of axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
@@ -26,7 +27,7 @@ def _figure(width=7.0, height=4.2):
 
 def nll_histogram(path, bpd, title):
     """Write `draw_histogram` to a file."""
-    figure, axes = _figure()
+    figure, axes = figure_and_axes()
     draw_histogram(axes, bpd, title)
     figure.savefig(path)
 
@@ -77,7 +78,7 @@ def outliers(path, images, p_values, scores, title):
 def mutual_information(path, kl_per_dim, title):
     """Write the sorted mean KL of each latent dimension (nats), as Fig. 4."""
     kl, active, cut, ratio = latent_spectrum(kl_per_dim)
-    figure, axes = _figure()
+    figure, axes = figure_and_axes()
     k = np.arange(1, len(kl) + 1)
     axes.semilogy(k, np.maximum(kl, 1e-6), "o-", markersize=4, linewidth=1)
     label = f"active above {ACTIVE_NATS} nats: {active} of {len(kl)}"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from kernels.gaussian_log_likelihood import log_normal
 from kernels.reparameterize import reparameterize
-from vae_ood.data import REGRET, generator, to_unit
+from vae_ood.data import DEQUANTISATION, REGRET, generator, to_unit
 from vae_ood.likelihood import chunk_size, exact_convolutions
 from vae_ood.parallel import spread
 
@@ -29,6 +29,8 @@ class Features:
     """What the scores read of uint8 images [N, C, H, W] under a model, by name, each computed when first asked for, by
     all workers.
 
+    groups [N]: equal for images of one thing, None where each is one. dequantized: (seed, number of the first image)
+    of the noise that a model trained with --dequantize sees, else None.
     nll, iw_nll [N]: nats, of `likelihoods()`, which returns what `likelihood.evaluate` does, of training images perhaps
     for the first ones alone. mu, log_sigma [N, kappa].
     path [N, 3]: log norms of the residual x - mu_x(mu_z), of mu_z and of sigma_z. residual_spectrum, image_spectrum
@@ -37,15 +39,17 @@ class Features:
     nats.
     """
 
-    def __init__(self, model, images, likelihoods):
+    def __init__(self, model, images, likelihoods, groups=None, dequantized=None):
         self.model, self.images, self.likelihoods, self.known = model, images, likelihoods, {}
+        self.groups, self.dequantized = groups, dequantized
 
     def __getitem__(self, name):
         if name in ("nll", "iw_nll"):
             return self.likelihoods()[name]
         if name not in self.known:
             produce = next(producer for names, producer in PRODUCERS.items() if name in names)
-            self.known |= spread(lambda part: produce(self.model, self.images[part]), len(self.images))
+            self.known |= spread(lambda part: produce(self.model, self.images[part], self.dequantized and (
+                self.dequantized[0], self.dequantized[1] + part.start)), len(self.images))
         return self.known[name]
 
 
@@ -59,10 +63,19 @@ class Part:
         return self.whole[name][self.rows]
 
 
-def _batches(model, images):
-    """The images in batches that the decoder can take at once, on the model's device."""
+def _batches(model, images, dequantized=None):
+    """The images in batches that the decoder can take at once, in [0, 1], on the model's device."""
+    first = 0
     for part in images.split(min(500, chunk_size(model))):
-        yield part.to(model.log_gamma.device).contiguous(memory_format=torch.channels_last)
+        x = part.to(model.log_gamma.device).contiguous(memory_format=torch.channels_last)
+        uniform = None
+        if dequantized:
+            seed, number = dequantized
+            rows = range(number + first, number + first + len(x))
+            uniform = torch.from_numpy(np.stack([generator(seed, DEQUANTISATION, i).random(x.shape[1:], np.float32)
+                                                 for i in rows])).to(x.device)
+        yield to_unit(x, uniform)
+        first += len(x)
 
 
 def _decode(model, z):
@@ -129,11 +142,11 @@ ENCODED = ("mu", "log_sigma", "path", "residual_spectrum", "residual_regions", "
 
 @torch.inference_mode()
 @exact_convolutions
-def _encoded(model, images):
+def _encoded(model, images, dequantized):
     out = {name: [] for name in ENCODED}
-    for x in _batches(model, images):
+    for x in _batches(model, images, dequantized):
         mu, log_sigma = model.encode(x)
-        residual = to_unit(x) - _decode(model, mu)
+        residual = x - _decode(model, mu)
         norms = (residual.flatten(1).norm(dim=1), mu.norm(dim=1), log_sigma.exp().norm(dim=1))
         for name, value in zip(ENCODED, (
                 mu, log_sigma, torch.stack(norms, 1).clamp(min=1e-6).log(), band_log_energies(residual),
@@ -142,10 +155,9 @@ def _encoded(model, images):
     return _gather(out)
 
 
-def _of_pixels(model, images):
+def _of_pixels(model, images, _):
     out = {"image_spectrum": [], "image_regions": [], "pixels": []}
     for x in _batches(model, images):
-        x = to_unit(x)
         out["image_spectrum"].append(band_log_energies(x))
         out["image_regions"].append(region_log_energies(x))
         variance, mean = torch.var_mean(x.flatten(1), 1)
@@ -185,13 +197,13 @@ def code():
     return webp_bits if features.check("webp") else zlib_bits
 
 
-def _code_bits(model, images):
+def _code_bits(model, images, _):
     with ThreadPoolExecutor() as pool:  # both codes let go of Python's lock
         return {"code_bits": np.array(list(pool.map(code(), images.numpy())), float)}
 
 
 @exact_convolutions
-def _regret(model, images):
+def _regret(model, images, dequantized):
     """All images of a batch at once: their losses share nothing but the noise of a step."""
     d, out = math.prod(model.shape), []
     noise = generator(0, REGRET).standard_normal((REGRET_STEPS + REGRET_SAMPLES, model.kappa), np.float32)
@@ -200,10 +212,10 @@ def _regret(model, images):
 
     def nelbo(x, mu, log_sigma, eps):
         z, kl = reparameterize(mu, log_sigma, eps.expand_as(mu).contiguous())
-        error = (to_unit(x) - _decode(model, z)).square().flatten(1).sum(1)
+        error = (x - _decode(model, z)).square().flatten(1).sum(1)
         return kl - log_normal(error, d, log_gamma)
 
-    for x in _batches(model, images):
+    for x in _batches(model, images, dequantized):
         with torch.no_grad():
             start = model.encode(x)
         posterior = [t.clone().requires_grad_() for t in start]
@@ -402,6 +414,13 @@ def joint(train):
     return lambda features: density(stack(features, *names))
 
 
+def every_fifth(train):
+    """Which of the training images [N] belong to every fifth thing, or are every fifth where things are few."""
+    n = len(train["mu"])
+    things = np.arange(n) if train.groups is None else np.unique(train.groups, return_inverse=True)[1]
+    return (things if things.max() > 8 else np.arange(n)) % 5 == 1
+
+
 def default(train):
     """The score to use without thinking: the 4-norm of the surprises -log p of `residual_spectrum`, `residual_regions`,
     `likelihood_path`, `latents` and `joint`, fitted on four fifths of the training images, with p from the others.
@@ -410,7 +429,7 @@ def default(train):
     loses little to either, so that neither low-level statistics nor latent ones drown the other. It is not a p-value
     itself: eval.py calibrates it on the inliers' test images, which keeps the false-alarm rate.
     """
-    kept = np.arange(len(train["mu"])) % 5 == 1
+    kept = every_fifth(train)
     scorers = [component(Part(train, ~kept))
                for component in (residual_spectrum, residual_regions, likelihood_path, latents, joint)]
     surprises = [surprise(scorer(Part(train, kept))) for scorer in scorers]

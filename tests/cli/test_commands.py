@@ -388,8 +388,146 @@ def test_own_data_end_to_end(command, tmp_path):
     np.save(tmp_path / "mine.npy", load("sprites", "test").pixels[:200, 0, ::2, ::2])
     result = command(*TINY, "--data", tmp_path / "mine.npy", "--recipe", "fast", "--iters", 20, "--out", tmp_path / "r",
                      "--dequantize", "--amp", "--iw-samples", 1)
-    assert re.search(r"train: 1[78]\d of 200 images are the train part", result.stdout)
+    assert "200 pictures show about 200 things: 20 whole things (20 pictures) are held out" in result.stdout
     assert "noise" in result.stdout and "constant" in result.stdout
+
+
+# ---- pictures of one thing
+
+def photographs(folder, things, first=0):
+    """Four pictures of each of so many things, other ones from another `first`: x<thing>/<number>.png."""
+    from tests.test_groups import photograph, scenes
+    rng = np.random.default_rng(first)
+    for number, scene in enumerate(scenes(things, first), first):
+        (folder / f"x{number}").mkdir(parents=True)
+        for i in range(4):
+            image = Image.fromarray(photograph("burst", scene, rng).clip(0, 255).astype(np.uint8))
+            image.resize((16, 16)).save(folder / f"x{number}" / f"{i}.png")
+    return folder
+
+
+OWN = (*TINY, "--recipe", "fast", "--no-eval", "--data")
+
+
+@pytest.fixture(scope="module")
+def own_run(command, tmp_path_factory):
+    """A short run on 60 things: (the pictures, the run's folder, what it printed)."""
+    place = tmp_path_factory.mktemp("own")
+    photographs(place / "photos", 60)
+    result = command(*OWN, place / "photos", "--iters", 150, "--out", place / "run")
+    return place / "photos", place / "run", result.stdout
+
+
+def test_pictures_of_one_thing_stay_in_one_part(own_run, command, tmp_path):
+    photos, out, stdout = own_run
+    assert stdout.startswith("240 pictures show about 60 things: 19 whole things (76 pictures) are held out to "
+                             "calibrate, 6 (24) to validate\n")
+    found = {}
+    for row in rows(out / "groups.csv"):
+        found.setdefault(row["file"].split("/")[0], set()).add((row["group"], row["part"]))
+    assert len(found) == 60 and all(len(parts) == 1 for parts in found.values())
+    assert len({group for parts in found.values() for group, _ in parts}) == 60
+    for how in ("folder", r"x\d+", out / "groups.csv"):  # the same things, so the same parts
+        command(*OWN, photos, "--iters", 1, "--group-by", how, "--out", tmp_path / Path(how).stem)
+        assert [row["part"] for row in rows(tmp_path / Path(how).stem / "groups.csv")] == [
+            row["part"] for row in rows(out / "groups.csv")]
+
+
+def test_the_step_that_is_best_on_validation_pictures_is_evaluated(own_run):
+    _, out, stdout = own_run
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    seen = {record["step"]: record["validation_bpd"] for record in log if "validation_bpd" in record}
+    best, newest = checkpoint.load(out / "best.pt"), checkpoint.load(out / "ckpt.pt")
+    assert list(seen) == [50, 100, 150] and best["step"] == min(seen, key=seen.get) and newest["step"] == 150
+    assert ("the best yet" if best["step"] == 150 else f"stopped improving at step {best['step']} of 150") in stdout
+
+
+def test_new_things_are_scored_and_copies_told_apart(own_run, command, tmp_path):
+    photos, out, _ = own_run
+    new = photographs(tmp_path / "new", 30, 100)
+    part = {row["file"]: row["part"] for row in rows(out / "groups.csv")}
+    copied = [name for name in part if part[name] == "train"][:5]
+    (new / "copies").mkdir()
+    for i, name in enumerate(copied):
+        shutil.copy(photos / name, new / "copies" / f"{i}.png")
+    result = command("eval.py", "--ckpt", out, "--score", new, "--iw-samples", 1)
+    table = rows(out / "score-new" / "scores.csv")
+    assert list(table[0]) == ["file", "default", "p_value", "outlier", "likeness", "known"] and len(table) == 125
+    known = {row["file"] for row in table if row["known"] == "1"}
+    assert {f"copies/{i}.png" for i in range(5)} <= known and len(known) <= 9
+    assert re.search(r"images show what training images show \(5 are copies\)", result.stdout)
+    flagged = [int(row["outlier"]) for row in table if row["file"] not in known]
+    assert np.mean(flagged) <= 0.2  # 5% on average; below 14.6% for 95 calibrations in a hundred
+    assert "5.0% would be on average, between 0.3% and 14.6%" in result.stdout and "19 things, 76 images" in result.stdout
+    assert "lie farther" not in result.stdout
+    noise = np.random.default_rng(0).integers(0, 256, (40, 16, 16), np.uint8)
+    np.save(tmp_path / "noise.npy", noise)
+    result = command("eval.py", "--ckpt", out / "best.pt", "--score", tmp_path / "noise.npy", "--fpr", 0.1)
+    assert "40 of 40 images flagged" in result.stdout and "lie farther" in result.stdout
+    for flags, words in ((("--fpr", 0.04), ["needs 24 things", "there are 19", "--fpr 0.05"]),
+                         (("--confidence", 0.95), ["needs 59 things", "there are 19", "--fpr 0.1459"])):
+        assert refused(command("eval.py", "--ckpt", out, "--score", new, *flags, check=False), *words)
+
+
+def test_other_pictures_in_the_folder_are_refused(own_run, command, tmp_path):
+    photos, out, _ = own_run
+    kept = photos / "x0" / "0.png"
+    content = kept.read_bytes()
+    try:
+        kept.write_bytes((photos / "x1" / "0.png").read_bytes()[:])
+        for name in ("x2", "x3", "x4"):
+            shutil.copy(photos / "x1" / "1.png", photos / name / "2.png.bak")
+        part = {row["file"]: row["part"] for row in rows(out / "groups.csv")}
+        if part["x0/0.png"] == "train":
+            assert refused(command("eval.py", "--ckpt", out, check=False), "not those that the model was trained on")
+        shutil.copy(photos / "x1" / "0.png", photos / "x0" / "9.png")
+        assert refused(command("eval.py", "--ckpt", out, check=False), "241 images now, and held 240")
+    finally:
+        kept.write_bytes(content)
+        (photos / "x0" / "9.png").unlink(missing_ok=True)
+
+
+def test_a_run_on_own_pictures_goes_on_where_it_stopped(own_run, command, tmp_path):
+    photos, out, _ = own_run
+    interrupted_run((*OWN, photos, "--iters", 150, "--checkpoint-seconds", 0.02), tmp_path / "pieces", 4)
+    for name in ("ckpt.pt", "best.pt"):
+        whole, pieces = (checkpoint.load(run / name) for run in (out, tmp_path / "pieces"))
+        assert whole["step"] == pieces["step"]
+        assert all(torch.equal(whole["model"][key], pieces["model"][key]) for key in whole["model"])
+        assert all(torch.equal(whole["split"][key], pieces["split"][key]) for key in whole["split"])
+
+
+def test_folds_calibrate_on_all_things(command, tmp_path):
+    photos, new = photographs(tmp_path / "photos", 12), photographs(tmp_path / "new", 6, 100)
+    arguments = (*OWN, photos, "--iters", 20, "--folds", 3, "--out", tmp_path / "run")
+    result = command(*arguments)
+    assert [result.stdout.count(f"fold {k} of 3") for k in (1, 2, 3)] == [1, 1, 1]
+    calibrating = [{row["group"] for row in rows(tmp_path / f"run/fold-{k}/groups.csv") if row["part"] == "test"}
+                   for k in (1, 2, 3)]
+    assert [len(groups) for groups in calibrating] == [4, 4, 4] and len(set.union(*calibrating)) == 12
+    scored = command("eval.py", "--ckpt", tmp_path / "run", "--score", new, "--fpr", 0.08, "--out", tmp_path / "s")
+    assert "calibrated on 12 things, 48 images" in scored.stdout and "at most twice the rate is proven" in scored.stdout
+    p = np.array([float(row["p_value"]) for row in rows(tmp_path / "s" / "scores.csv")])
+    assert len(p) == 24 and p.min() >= 1 / 13 - 1e-9 and p.max() <= 1
+    assert refused(command("eval.py", "--ckpt", tmp_path / "run", check=False), "holds 3 folds", "fold-1")
+    shutil.rmtree(tmp_path / "run" / "fold-2")
+    assert refused(command("eval.py", "--ckpt", tmp_path / "run", "--score", new, check=False), "2 of 3 folds")
+    assert "resuming" in command(*arguments, "--resume").stdout and (tmp_path / "run/fold-2/ckpt.pt").exists()
+
+
+def test_too_few_things_say_what_can_be_promised(command, tmp_path):
+    photos = photographs(tmp_path / "photos", 12)
+    result = command(*OWN, photos, "--iters", 1, "--out", tmp_path / "run")
+    assert "too few to validate with" in result.stdout and "4 things can promise is 20.00%, not 5.00%" in result.stdout
+    for n in range(2, 12):
+        shutil.rmtree(photos / f"x{n}")
+    assert refused(command(*OWN, photos, "--iters", 1, "--out", tmp_path / "two", check=False), "2 things", "none")
+    command(*OWN, photos, "--iters", 1, "--group-by", "none", "--out", tmp_path / "none")
+
+
+def test_named_sets_keep_their_own_test_part(command, tmp_path):
+    for flags in (("--group-by", "none"), ("--folds", "2")):
+        assert refused(command("run.py", *flags, "--out", tmp_path / "r", check=False), flags[0], "sprites")
 
 
 def without(package, folder):

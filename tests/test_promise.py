@@ -1,0 +1,183 @@
+"""The promised false-alarm rate, realised on things of several pictures, and by what it would be broken.
+
+Each check is run for mutants too, and must then fail: a check that no fault fails has not been made.
+"""
+
+import functools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+from vae_ood import groups, metrics
+from vae_ood.data import Images
+from vae_ood.likelihood import evaluate
+from vae_ood.metrics import confident_rank, conformal_p_values
+from vae_ood.model import VAE
+
+DRAWS = 1000
+
+
+def things(rng, n, decimals=12, sizes=20):
+    """The scores of n things of 1 to `sizes` pictures, which share an effect twice as large as a picture's own, and
+    their groups."""
+    label = np.repeat(np.arange(n), rng.integers(1, sizes + 1, n))
+    return (2 * rng.standard_normal(n)[label] + rng.standard_normal(len(label))).round(decimals), label
+
+
+def realised(things_held_out, rate, p_values=conformal_p_values, **options):
+    """The mean share, over DRAWS calibrations, of a new thing's pictures with p <= rate, and its standard error."""
+    rng, shares = np.random.default_rng(int(1000 * rate) + things_held_out), []
+    for _ in range(DRAWS):
+        score, label = things(rng, things_held_out + 1, **options)
+        new = label == things_held_out
+        shares.append((p_values(score[~new], score[new], label[~new]) <= rate).mean())
+    return np.mean(shares), np.std(shares) / math.sqrt(DRAWS)
+
+
+def never_above(rate, share, error):
+    return share <= rate + 2 * error
+
+
+@pytest.mark.parametrize("options", [{}, {"decimals": 0}], ids=["distinct", "tied"])
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.1])
+@pytest.mark.parametrize("held_out", [12, 24, 99])
+def test_of_new_things_no_more_than_promised_are_flagged(held_out, rate, options):
+    assert never_above(rate, *realised(held_out, rate, **options))
+
+
+def test_not_much_less_either():
+    assert realised(99, 0.05)[0] >= 0.025
+
+
+@pytest.mark.parametrize(("held_out", "rate"), [(19, 0.05), (30, 0.1), (99, 0.01), (24, 0.05)])
+def test_of_single_pictures_exactly_as_many_as_promised_are_flagged(held_out, rate):
+    share, error = realised(held_out, rate, sizes=1)
+    assert abs(share - math.floor(rate * (held_out + 1) + 1e-9) / (held_out + 1)) <= 2 * error
+
+
+@pytest.mark.parametrize(("mutant", "held_out", "options"), [
+    (lambda calibration, scores, label: conformal_p_values(calibration, scores), 12, {}),  # pictures are counted
+    (lambda calibration, scores, label: conformal_p_values(calibration, scores + 1e-9, label), 99,
+     {"decimals": 0, "sizes": 1})])  # > where it should be >=
+def test_mutants_flag_more_than_promised(mutant, held_out, options):
+    assert not never_above(0.05, *realised(held_out, 0.05, mutant, **options))
+
+
+@pytest.mark.parametrize("sizes", [1, 20])
+def test_with_confidence_the_rate_is_exceeded_as_seldom_as_asked(sizes):
+    rng, exceeded, held_out = np.random.default_rng(3), [], 59
+    rank = confident_rank(held_out, 0.05, 0.95)
+    population, _ = things(rng, 4000, sizes=1)
+    for _ in range(DRAWS):
+        score, label = things(rng, held_out, sizes=sizes)
+        rate = (conformal_p_values(score, population, label) <= rank / (held_out + 1) + 1e-12).mean()
+        exceeded.append(rate > 0.05)
+    assert np.mean(exceeded) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / DRAWS)
+
+
+# ---- a score that has learnt its training pictures by heart, on the real split
+
+def memorised(mutant=None, draws=60, rate=0.05):
+    """The share of new things' pictures that are flagged by their distance to the nearest training picture."""
+    rng, shares = np.random.default_rng(0), []
+    for _ in range(draws):
+        label = np.repeat(np.arange(80), 6)
+        pixels = 40 * rng.standard_normal((80, 36))[label] + 5 * rng.standard_normal((480, 36)) + 128
+        pixels = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).reshape(-1, 1, 6, 6)
+        new, known = label >= 60, label < 60
+        of = label[known]
+        part = groups.split(np.arange(len(of)) if mutant == "a group in both parts" else of,
+                            groups.digests(pixels[known]), rate)
+        train, held_out = (pixels[known][part == number] for number in (groups.TRAIN, groups.CALIBRATION))
+        of = of[part == groups.CALIBRATION]
+        if mutant == "calibrated on training pictures":
+            held_out, of = train, label[known][part == groups.TRAIN]
+
+        def score(x, train=train):
+            return torch.cdist(x.flatten(1).double(), train.flatten(1).double()).min(1)[0].numpy()
+        shares.append((conformal_p_values(score(held_out), score(pixels[new]), of) <= rate).mean())
+    return np.mean(shares), np.std(shares) / math.sqrt(draws)
+
+
+def test_a_score_that_memorises_keeps_the_rate():
+    assert never_above(0.05, *memorised())
+
+
+@pytest.mark.parametrize("mutant", ["a group in both parts", "calibrated on training pictures"])
+def test_a_score_that_memorises_shows_a_leak(mutant):
+    share, error = memorised(mutant)
+    assert not never_above(0.05, share, error) and share > 0.5
+
+
+# ---- eval.py's own calibration
+
+CONFIG = {"data": "x", "dequantize": False, "kappa": 2}
+ARGS = SimpleNamespace(scores=["nll"], iw_samples=1, max_images=None)
+CALIBRATION, NEW = 19, 19
+
+
+@functools.cache
+def model():
+    torch.manual_seed(0)
+    return VAE((1, 8, 8), 0.1, 2, gamma=0.01).eval().requires_grad_(False)
+
+
+def flagged_by_noise_alone(seed):
+    """The share of p-values up to 0.05 where all images are the same one, so that only their noise differs."""
+    pixels = torch.full((CALIBRATION, 1, 8, 8), 99, dtype=torch.uint8)
+    calibration = evaluation.Calibration("nll")
+    calibration.compare = lambda *_: None
+    inliers = {"train": Images("train", pixels), "test": Images("test", pixels)}
+    calibration.add(model(), CONFIG | {"seed": seed}, inliers, Images("new", pixels[:NEW]), ARGS)
+    return (calibration.p_values() <= 0.05).mean()
+
+
+def test_images_have_noise_of_their_own():
+    shares = [flagged_by_noise_alone(seed) for seed in range(150)]
+    assert abs(np.mean(shares) - 0.05) <= 2 * np.std(shares) / math.sqrt(150)
+
+
+def test_noise_that_restarts_is_noticed(monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, images, k, seed, dequantize, first, progress: evaluate(
+        model, images, k, seed, dequantize, 0))
+    shares = [flagged_by_noise_alone(seed) for seed in range(20)]
+    assert abs(np.mean(shares) - 0.05) > 2 * np.std(shares) / math.sqrt(20)
+
+
+def test_dequantised_images_are_scored_dequantised_each_with_its_own_noise():
+    pixels = torch.full((600, 1, 8, 8), 99, dtype=torch.uint8)
+    config = CONFIG | {"dequantize": True, "seed": 3}
+    parts = [evaluation.measure(model(), config, Images("x", pixels), ARGS, "x", first)["mu"]
+             for first in (0, 300, 600)]
+    np.testing.assert_allclose(parts[0][300:], parts[1][:300], atol=1e-6)  # of the same number
+    whole = np.concatenate([parts[0], parts[2]])
+    assert len(np.unique(whole.round(9), axis=0)) == 1200
+    plain = evaluation.measure(model(), CONFIG | {"seed": 3}, Images("x", pixels), ARGS, "x")["mu"]
+    assert len(np.unique(plain, axis=0)) == 1
+
+
+def test_folds_calibrate_on_every_thing():
+    """Two folds by hand: each thing's share by its own model, whose score is the distance to a training mean."""
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.integers(0, 256, (12, 1, 8, 8), np.uint8))
+    label = np.array([0, 0, 1, 1, 2, 2])
+    new = Images("new", torch.from_numpy(rng.integers(0, 256, (5, 1, 8, 8), np.uint8)))
+    calibration, shares, first = evaluation.Calibration("pixel_moments"), 0, None
+    args = SimpleNamespace(scores=["pixel_moments"], iw_samples=1, max_images=None)
+    for fold in (0, 1):
+        train = Images("train", pixels[6 * (1 - fold):6 * (2 - fold)], groups=label)
+        test = Images("test", pixels[6 * fold:6 * fold + 6], groups=label)
+        calibration.add(model(), CONFIG | {"seed": 0}, {"train": train, "test": test}, new, args)
+        features = [evaluation.measure(model(), CONFIG | {"seed": 0}, x, args, "x") for x in (train, test, new)]
+        scorer = evaluation.SCORES["pixel_moments"](features[0])
+        held_out, scores = scorer(features[1]), scorer(features[2])
+        first = scores if first is None else first
+        shares = shares + sum((held_out[label == g] >= scores[:, None]).mean(1) for g in range(3))
+    np.testing.assert_allclose(calibration.p_values(), (1 + shares) / 7)
+    assert calibration.things == 6 and calibration.images == 12
+    np.testing.assert_allclose(calibration.new["pixel_moments"] - first, scores)
+    assert metrics.exceeding_groups(held_out, label, scores)[1] == 3
