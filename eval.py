@@ -328,12 +328,12 @@ def report(calibration, own, rank, folds, args, out):
     if calibration.farther(own.pixels, folds) < 0.01:
         print("these images lie farther from the training images than those that calibrate did: unless they are "
               "outliers, they are of another kind, and the false-alarm rate is not assured for them")
-    low, high = false_alarm_range(rank, things)
-    confidence = f" with confidence {args.confidence:g}" if args.confidence else ""
-    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {rank / (things + 1):.4g}, for a false-alarm rate "
-          f"of {args.fpr:g}{confidence}: of new things like the training data, {rank / (things + 1):.1%} would be on "
-          f"average, between {low:.1%} and {high:.1%} for nine calibrations in ten (calibrated on {things:,} things, "
-          f"{calibration.images:,} images)\nwritten to {out / 'scores.csv'}")
+    limit, (low, high) = rank / (things + 1), false_alarm_range(rank, things)
+    sure = f" (the rate is at most {args.fpr:g} with confidence {args.confidence:g})" if args.confidence else ""
+    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {limit if args.confidence else args.fpr:g}{sure}\n"
+          f"of new things like the training data, {limit:.1%} would be on average, between {low:.1%} and {high:.1%} "
+          f"for nine calibrations in ten (calibrated on {things:,} things, {calibration.images:,} images)\n"
+          f"written to {out / 'scores.csv'}")
     if folds > 1:
         print(f"{folds} folds: at most twice the rate is proven (arXiv 1905.02928), and about the rate is usual")
 

@@ -31,7 +31,7 @@ class LinearVAE(VAE):
         self.shift, self.widen = shift, widen
 
     def encode(self, x):
-        x = to_unit(x)
+        x = to_unit(x) if x.dtype == torch.uint8 else x
         sigma = self.covariance.sqrt().expand(len(x), -1)
         mu = (x.flatten(1) - self.bias) @ self.weight / GAMMA * self.covariance
         return mu + self.shift * sigma, (self.widen * sigma).log()

@@ -236,7 +236,8 @@ def test_features_do_not_depend_on_the_batches(monkeypatch):
 def made_up_features(rng, n, **shifts):
     sizes = {"residual_spectrum": 9, "residual_regions": 7, "residual_fine": 7, "image_spectrum": 9,
              "image_regions": 7, "path": 3, "mu": 5, "log_sigma": 5}
-    return {name: rng.standard_normal((n, size)) + shifts.get(name, 0) for name, size in sizes.items()}
+    return {name: rng.standard_normal((n, size)) + shifts.get(name, 0) for name, size in sizes.items()} | {
+        "groups": np.arange(n)}
 
 
 def test_default_hears_what_one_component_says():
@@ -257,3 +258,10 @@ def test_default_is_the_norm_of_what_its_components_say_of_images_that_they_were
         score = SCORES[name](others)
         total = total + scores.surprise(score(fifth))(score(some)) ** 4
     np.testing.assert_allclose(SCORES["default"](train)(some), total**0.25)
+
+
+def test_default_is_fitted_and_judged_on_other_things():
+    groups = np.repeat(np.random.default_rng(0).permutation(20), 3)
+    kept = scores.every_fifth({"groups": groups})
+    assert not set(groups[kept]) & set(groups[~kept]) and kept.sum() == 12
+    assert scores.every_fifth({"groups": groups // 10}).sum() == 12  # two things: every fifth image

@@ -29,8 +29,8 @@ class Features:
     """What the scores read of uint8 images [N, C, H, W] under a model, by name, each computed when first asked for, by
     all workers.
 
-    groups [N]: equal for images of one thing, None where each is one. dequantized: (seed, number of the first image)
-    of the noise that a model trained with --dequantize sees, else None.
+    `dequantized`: (seed, number of the first image) of the noise that a model trained with --dequantize sees, or None.
+    groups [N]: equal for images of one thing, by default each is one.
     nll, iw_nll [N]: nats, of `likelihoods()`, which returns what `likelihood.evaluate` does, of training images perhaps
     for the first ones alone. mu, log_sigma [N, kappa].
     path [N, 3]: log norms of the residual x - mu_x(mu_z), of mu_z and of sigma_z. residual_spectrum, image_spectrum
@@ -41,7 +41,7 @@ class Features:
 
     def __init__(self, model, images, likelihoods, groups=None, dequantized=None):
         self.model, self.images, self.likelihoods, self.known = model, images, likelihoods, {}
-        self.groups, self.dequantized = groups, dequantized
+        self.known["groups"], self.dequantized = np.arange(len(images)) if groups is None else groups, dequantized
 
     def __getitem__(self, name):
         if name in ("nll", "iw_nll"):
@@ -416,9 +416,8 @@ def joint(train):
 
 def every_fifth(train):
     """Which of the training images [N] belong to every fifth thing, or are every fifth where things are few."""
-    n = len(train["mu"])
-    things = np.arange(n) if train.groups is None else np.unique(train.groups, return_inverse=True)[1]
-    return (things if things.max() > 8 else np.arange(n)) % 5 == 1
+    things = np.unique(train["groups"], return_inverse=True)[1]
+    return (things if things.max() > 8 else np.arange(len(things))) % 5 == 1
 
 
 def default(train):
