@@ -42,7 +42,9 @@ def cases():
         for seed in SEEDS:
             found[f"tiles_{part.replace(' ', '')}_folders_s{seed}"] = {
                 "set": TILES, "split": part, "layout": "folders", "seed": seed, "flags": []}
-    found["tiles_given_flat_s0"] = {"set": TILES, "split": "given", "layout": "flat", "seed": 0, "flags": []}
+    for part, seed in (("given", 0), *(("random 1", seed) for seed in SEEDS)):  # where other parts come of it, and once
+        found[f"tiles_{part.replace(' ', '')}_flat_s{seed}"] = {
+            "set": TILES, "split": part, "layout": "flat", "seed": seed, "flags": []}
     for seed in SEEDS:
         found[f"tiles_given_folders_none_s{seed}"] = {
             "set": TILES, "split": "given", "layout": "folders", "seed": seed, "flags": ["--group-by", "none"]}
@@ -196,7 +198,8 @@ def tile_rows(found):
             ("true tiles, `--group-by folder`", "tiles_given_folders_true"),
             *((f"**likeness, the default**, {part} split", f"tiles_{part.replace(' ', '')}_folders_s")
               for part in SPLITS),
-            ("likeness, given split, flat", "tiles_given_flat_s"),
+            *((f"likeness, {part} split, flat", f"tiles_{part.replace(' ', '')}_flat_s")
+              for part in ("given", "random 1")),
             ("likeness, given split, `--folds 5`", "tiles_given_folders_folds5")):
         some = [numbers for name, numbers in found.items() if name.startswith(pattern)]
         if some:
@@ -238,8 +241,8 @@ def page(folder):
         "AUROC: 392 defective tiles are the positive class, the ordinary pictures of new tiles the negative one, "
         "score `default`.", "",
         "Flat, the pictures fall into the same parts as in folders: " + ", ".join(
-            f"{'yes' if value else 'NO'} ({split} split)" for split, value in same.items()) + ". Where they do, the "
-        "runs are the same, so one alone was made.", "",
+            f"{'yes' if value else 'NO'} ({split} split)" for split, value in same.items()) + ". Where they do, "
+        "the runs are the same, so one alone was made; the order of the files tells a little too.", "",
         f"One of these runs said: “{one['found']}”, and “{' '.join(one['best'])}”.", "",
         "## Pictures that do not repeat", "",
         "3,000 pictures train and calibrate, 3,000 others are scored.", "",
