@@ -1,13 +1,19 @@
 """Saving is atomic and loading is safe."""
 
 import errno
+import fcntl
+import math
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from vae_ood import UserError, checkpoint
+from vae_ood.cli import lock
 from vae_ood.model import VAE
 
 MODEL = {"shape": [1, 8, 8], "alpha": 0.1, "kappa": 2}
@@ -41,6 +47,57 @@ def test_full_disk_keeps_the_checkpoint_before(saved, monkeypatch):
     with pytest.raises(UserError, match=r"No space left on device.*the one saved before is kept"):
         checkpoint.save(path, model, optimizer, 8, CONFIG)
     assert path.read_bytes() == before and os.listdir(path.parent) == ["ckpt.pt"]
+
+
+def test_many_writers_of_one_file(tmp_path):
+    """Each finds the file whole, whoever writes it, and none fails."""
+    contents = [bytes([i]) * 200_000 for i in range(4)]
+
+    def write(content):
+        for _ in range(25):
+            checkpoint.write_atomic(tmp_path / "file", content)
+            assert (tmp_path / "file").read_bytes() in contents
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, contents))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_is_held_by_one_alone(tmp_path):
+    held = []
+
+    def hold(_):
+        with lock(tmp_path, wait=True):
+            held.append(1)
+            assert sum(held) == 1
+            time.sleep(0.002)
+            held.append(-1)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hold, range(40)))
+    assert len(held) == 80 and not os.listdir(tmp_path)
+    with lock(tmp_path, wait=True), pytest.raises(BlockingIOError), lock(tmp_path, wait=False):
+        pass
+
+
+def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
+    def refuse(descriptor, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock(tmp_path, wait=False):
+        assert "no locks on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cifar10_a0.25_k32_fast_i10000_s0", "cifar10_a0.5_k32_fast_i10000_s0"])
+def test_the_shipped_checkpoints_load(name):
+    """Their weights are float16."""
+    model, config, _ = checkpoint.load_model(ROOT / "results/runs" / name / "ckpt.pt")
+    assert config["data"] == "cifar10" and {p.dtype for p in model.parameters()} == {torch.float32}
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert all(value.isfinite().all() for value in model.encode(images))
+    with pytest.raises(UserError, match="weights alone, to evaluate and not to go on with"):
+        checkpoint.resume(ROOT / "results/runs" / name / "ckpt.pt", {}, model, torch.optim.Adam(model.parameters()))
 
 
 @pytest.fixture
@@ -128,6 +185,8 @@ def test_files_that_are_no_checkpoint(saved, tmp_path):
     ({"config": MODEL}, "settings are unusable"),
     ({"split": {"group": torch.arange(3), "part": torch.zeros(4)}}, "settings are unusable"),
     ({"split": 3}, "settings are unusable"),
+    ({"model": {"mu.bias": torch.tensor([1.0, math.nan])}}, "not finite"),
+    ({"model": {"mu.bias": 3}}, "mu.bias is no tensor"),
 ])
 def test_tampered_checkpoints(saved, change, message):
     path, _, _ = saved

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,13 +26,17 @@ from vae_ood.data import Images
 SMALL = ("run.py", "--alpha", 0.1, "--batch-size", 50, "--gamma", "optimal", "--lr", 1e-4, "--no-compile")
 
 
-def torchrun(workers, *arguments, max_restarts=0):
-    """A started torchrun on this machine."""
+def torchrun(workers, *arguments, max_restarts=0, static=False):
+    """A started torchrun on this machine, standalone or with static rendezvous, under which a launch has no number."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    rendezvous = ["--rdzv-backend", "static", "--master-port", port] if static else ["--standalone"]
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers),
+        [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(workers),
          "--max-restarts", str(max_restarts), "--monitor-interval", "0.1", *map(str, arguments)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})  # more workers than GPUs
 
 
 def finished(process):
@@ -180,10 +185,10 @@ def test_another_number_of_workers_goes_on(one_worker, tmp_path):
     assert same_losses(one_worker, tmp_path / "run")
 
 
-def disturbed(out, arguments, workers, number, faults, seed, max_restarts):
+def disturbed(out, arguments, workers, number, faults, seed, max_restarts, static=False):
     """A run whose workers get the signal `number` at random moments, one of them at a time."""
     rng, ckpt = random.Random(seed), out / "ckpt.pt"
-    process = torchrun(workers, *arguments, "--out", out, max_restarts=max_restarts)
+    process = torchrun(workers, *arguments, "--out", out, max_restarts=max_restarts, static=static)
     seen = None
     for _ in range(faults):
         while not ckpt.exists() or ckpt.stat().st_mtime_ns == seen:  # it has gone on
@@ -196,11 +201,12 @@ def disturbed(out, arguments, workers, number, faults, seed, max_restarts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "faults"), [(2, 1), (3, 10)])
-def test_workers_that_are_killed_change_nothing(tmp_path, workers, faults):
+@pytest.mark.parametrize(("workers", "faults", "static"), [(2, 1, False), (2, 1, True), (3, 10, False)])
+def test_workers_that_are_killed_change_nothing(tmp_path, workers, faults, static):
     arguments = (*SMALL, "--iters", 200 * faults, "--no-eval", "--checkpoint-seconds", 0.1)
     finished(torchrun(workers, *arguments, "--out", tmp_path / "whole"))
-    output = disturbed(tmp_path / "pieces", arguments, workers, signal.SIGKILL, faults, faults, max_restarts=faults)
+    output = disturbed(tmp_path / "pieces", arguments, workers, signal.SIGKILL, faults, faults, max_restarts=faults,
+                       static=static)
     assert output.count("resuming") == faults
     assert same_parameters(tmp_path / "whole", tmp_path / "pieces")
     assert [r["step"] for r in log(tmp_path / "pieces")] == [r["step"] for r in log(tmp_path / "whole")]

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import socket
 import zipfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,10 +26,10 @@ class Damaged(UserError):
 
 def write_atomic(path, data, aside=None):
     """Write bytes to `path` so that it holds either its old content, which is moved to `aside` if that is given, or all
-    of the new one. Raises UserError."""
-    part = Path(f"{path}.part")
+    of the new one, whoever else writes it at that moment. Raises UserError."""
+    part = Path(f"{path}.{os.urandom(6).hex()}.part")
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -145,12 +146,21 @@ def load(path):
     types = {"version": int, "model": dict, "optimizer": dict, "step": int, "config": dict, "seconds": float}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in types.items()):
         raise Damaged(f"{path} is not a checkpoint of run.py: give the ckpt.pt that run.py wrote")
+    for name, value in state["model"].items():
+        if not isinstance(value, torch.Tensor):
+            raise Damaged(f"{path} is not a checkpoint of run.py: {name} is no tensor")
+        if not value.isfinite().all():
+            raise Damaged(f"{path} holds weights that are not finite: give an earlier checkpoint of the run")
+        if value.dtype == torch.float16:  # as results/runs keeps them
+            state["model"][name] = value.float()
     return state
 
 
 def restore(state, path, model, optimizer=None, assign=False):
     """Put a loaded state into `model`, whose parameters become the state's own where `assign`, and `optimizer`. Raises
     UserError where it does not fit."""
+    if optimizer is not None and not state["optimizer"]:
+        raise UserError(f"{path} holds weights alone, to evaluate and not to go on with: give another --out")
     try:
         if any(state["model"][name].dtype != value.dtype for name, value in model.state_dict().items()):
             raise TypeError
@@ -182,11 +192,18 @@ def load_model(path, device="cpu"):
     return model.eval().requires_grad_(False), config, split
 
 
+def launch_name():
+    """(what tells this launch of torchrun from others, whether its workers surely start for the first time): its
+    number; with static rendezvous, which has none, the process that starts them again; without torchrun, empty."""
+    number, again = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return (number, False) if number != "none" else (f"{socket.gethostname()} {os.getppid()}", not again)
+
+
 @contextmanager
 def folder_of_run(out, resume):
     """The folder of a run, made and held by worker 0 alone; UserError where it holds a run that is not to go on.
 
-    Workers that torchrun starts again go on with the run that they had begun: the file .torchrun has its number.
+    Workers that torchrun starts again go on with the run that they had begun: the file .torchrun names its launch.
     """
     def claim():
         make_folder(out)
@@ -194,11 +211,13 @@ def folder_of_run(out, resume):
             held.enter_context(lock(out, wait=False))
         except BlockingIOError:
             raise UserError(f"another run is writing to {out}: wait for its end, or give another --out") from None
-        launch, begun = os.environ.get("TORCHELASTIC_RUN_ID", "none"), out / ".torchrun"  # "none": it has no number
-        again = launch != "none" and begun.exists() and begun.read_bytes() == launch.encode()
+        for left in out.glob("*.pt.*.part"):  # by a process that was killed; it held the lock, as this one does
+            left.unlink()
+        (launch, starting), begun = launch_name(), out / ".torchrun"
+        again = launch and not starting and begun.exists() and begun.read_bytes() == launch.encode()
         if ((out / "ckpt.pt").exists() or earlier(out / "ckpt.pt")) and not (resume or again):
             raise UserError(f"{out} already holds a run: add --resume to go on with it, or give another --out")
-        if launch != "none":
+        if launch:
             write_atomic(begun, launch.encode())
 
     with ExitStack() as held:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from vae_ood import UserError
 
@@ -147,21 +147,30 @@ def make_folder(path):
 
 @contextmanager
 def lock(folder, wait):
-    """Hold `folder` alone: where another process holds it, wait for it to end, or raise BlockingIOError. Nothing is
-    left behind, however the process ends."""
+    """Hold `folder` alone: where another process holds it, wait for it to end, or raise BlockingIOError. However the
+    process ends, nothing stays locked."""
     if fcntl is None:
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    path = os.path.join(folder, ".lock")
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks nothing that is open for reading alone
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break  # else the one that held it has removed it
         except BlockingIOError:
+            os.close(descriptor)
             raise
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            print(f"note: no locks on {folder} ({error.strerror}): let nothing else write there", file=sys.stderr)
+            break
+        os.close(descriptor)
+    try:
         yield
     finally:
+        with suppress(OSError):  # the folder itself is gone
+            os.unlink(path)
         os.close(descriptor)
 
 
