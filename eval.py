@@ -46,9 +46,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import RANK, Progress, make_folder, pick_device
 from vae_ood.data import CORRUPTIONS, PAIRS, PRIOR, corrupt, generator, load
-from vae_ood.groups import Nearest, farther, near, parts, things_needed
+from vae_ood.groups import group, parts, things_needed
 from vae_ood.likelihood import bits_per_dim, evaluate
-from vae_ood.metrics import confident_rank, detection, exceeding_groups, false_alarm_range, latent_spectrum, mmd
+from vae_ood.likeness import Nearest, farther, near
+from vae_ood.metrics import (
+    confident_rank,
+    conformal_p_values,
+    cross_bound,
+    detection,
+    false_alarm_range,
+    latent_spectrum,
+    mmd,
+)
 from vae_ood.model import VAE
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.scores import CONTROLS, DECODED_OFTEN, SCORES, Features
@@ -93,7 +102,7 @@ def load_inliers(config, args, split=None):
     else:
         sets = parts(get("all"), split)
         sets.pop("validation", None)
-        if zlib.crc32(sets["train"].pixels.numpy()) != config["images_crc32"]:
+        if zlib.crc32(sets["train"].pixels.numpy()) != config.get("images_crc32"):
             raise UserError(f"the images in {config['data']} are not those that the model was trained on (another "
                             "checksum): give them back, or train anew")
     for part, images in sets.items():
@@ -137,7 +146,7 @@ def load_outliers(config, args, test):
 def measure(model, config, images, args, label, first=0):
     """The `Features` of `images`, whose likelihoods, of training images for the first ones alone where --max-images
     does not say, show their progress when they are asked for; `first` is the number of the first image's noise."""
-    evaluated = images.first(args.max_images or (TRAIN_IMAGES if label == "train" else None)).pixels
+    evaluated = (images.first(args.max_images or TRAIN_IMAGES) if label == "train" else images).pixels
 
     def likelihoods():
         bar = Progress(len(evaluated), label=label)
@@ -212,12 +221,11 @@ def evaluate_outliers(model, config, sets, args, out):
 
 
 class Calibration:
-    """The scores of inliers that no model has seen, and what p-values are made of for each new image: of K folds, each
-    fold's images by its own model (cross-conformal, arXiv 1208.0806)."""
+    """The scores of inliers that no model has seen and of new images, by one model or by each of some folds."""
 
     def __init__(self, score):
-        self.score, self.things, self.images, self.exceeding, self.new = score, 0, 0, 0, {}
-        self.distance, self.groups, self.new_distance, self.copies, self.siblings = [], [], 0, False, False
+        self.score, self.images, self.folds, self.new = score, 0, [], {}
+        self.near, self.copies, self.siblings = [], False, False
 
     def add(self, model, config, inliers, own, args):
         """Fit the scores to a model's training images, and score its calibration images and the new ones, each with
@@ -233,36 +241,46 @@ class Calibration:
             scores = scorer(features)
             self.new[name] = self.new.get(name, 0) + scores
             if name == self.score:
-                exceeding, things = exceeding_groups(scorer(calibration), groups, scores)
-                self.exceeding, self.things = self.exceeding + exceeding, self.things + things
+                self.folds.append((scorer(calibration), groups, scores))
         self.images += len(test.pixels)
         self.compare(train.pixels, test.pixels[:COMPARED], groups[:COMPARED], own.pixels)
 
     def compare(self, train, test, groups, own):
         """How near the calibration images and the new ones lie to the training images."""
         nearest = Nearest(train)
-        self.distance.append(nearest(test)[0])
-        self.groups.append(np.asarray(groups, np.int64) + len(self.groups) * 2**40)  # each fold's are others
-        distance, _, copies, siblings = nearest(own)
-        self.new_distance = self.new_distance + distance
+        distance, copies, siblings = nearest.known(own)
+        self.near.append((nearest.distance(test)[0], groups, distance))
         self.copies, self.siblings = self.copies | copies, self.siblings | siblings
 
-    def p_values(self):
-        """The conformal p-values of the new images [N]."""
-        return (1 + self.exceeding) / (self.things + 1)
+    @property
+    def things(self):
+        """How many things calibrate."""
+        return sum(len(np.unique(groups)) for _, groups, _ in self.folds)
 
-    def farther(self, own, folds):
-        """The p-value of the test that new images [N] lie farther from the training images than those that calibrate;
-        images that are alike count once on both sides."""
-        some = np.random.default_rng(0).permutation(len(own))[:COMPARED]
-        return farther(self.new_distance[some] / folds, near(own[torch.from_numpy(some)]),
-                       np.concatenate(self.distance), np.concatenate(self.groups))
+    @property
+    def likeness(self):
+        """Of each new image to the nearest training image [N], the mean over the folds."""
+        return 1 - sum(distance for _, _, distance in self.near) / len(self.near)
+
+    def farther(self, own, how):
+        """The p-value of the test that new `Images` lie farther from the training images than those that calibrate, one
+        image of each thing; of the new ones, things by `how`, or by likeness where that does not fit them."""
+        chosen = np.random.default_rng(0).permutation(len(own.pixels))[:COMPARED]
+        some = own.take(chosen)
+        try:
+            groups = group(some, "near" if how in (None, "none") or how.lower().endswith(".csv") else how)
+        except UserError:
+            groups = near(some.pixels)
+        known = np.concatenate([distance for distance, _, _ in self.near])
+        folds = np.concatenate([numbers.astype(np.int64) + i * 2**32 for i, (_, numbers, _) in enumerate(self.near)])
+        return farther(1 - self.likeness[chosen], groups, known, folds)
 
 
-def flagging_rank(args, things):
-    """k, so that an image with p <= k / (things + 1) is flagged; UserError where --fpr asks for what cannot be had."""
-    more = (f"{'a larger --max-images' if args.max_images else 'a run with a smaller --fpr or more things'}, or "
-            "--folds, by which all calibrate")
+def largest_rank(args, things, folds):
+    """k, so that the false-alarm rate that is asked for is kept where p <= k / (things + 1); UserError where there is
+    none."""
+    more = "a larger --max-images" if args.max_images else "a run with a smaller --fpr" + (
+        "" if folds > 1 else ", or one with --folds, by which all things calibrate")
     if args.confidence is None:
         if k := int(args.fpr * (things + 1) + 1e-9):
             return k
@@ -286,7 +304,8 @@ def score_images(members, args, out):
     own = load_others(config, str(Path(args.score).resolve()), args)
     inliers = [load_inliers(c, args, split) for _, c, split in members]
     tests = [sets["test"] for sets in inliers]
-    rank = flagging_rank(args, sum(len(np.unique(t.groups)) if t.groups is not None else len(t.pixels) for t in tests))
+    things = sum(len(np.unique(t.groups)) if t.groups is not None else len(t.pixels) for t in tests)
+    rank = largest_rank(args, things, len(members))
     from_first(lambda: make_folder(out))
     for note in own.notes:
         print(f"{own.name}: {note}")
@@ -300,43 +319,45 @@ def score_images(members, args, out):
               f"{len(sets['test'].pixels):,} others", flush=True)
         calibration.add(model, c, sets, own, args)
     if RANK == 0:
-        report(calibration, own, rank, len(members), args, out)
+        report(calibration, own, rank, config.get("group_by"), args, out)
 
 
-def report(calibration, own, rank, folds, args, out):
+def report(calibration, own, rank, how, args, out):
     """Write scores.csv and outliers.png, and print the most outlying images and what the flags are worth."""
-    p, things, known = calibration.p_values(), calibration.things, calibration.siblings
-    flagged = p <= rank / (things + 1) + 1e-12
+    p, things, folds, known = (conformal_p_values(*calibration.folds), calibration.things, len(calibration.folds),
+                               calibration.siblings)
+    limit = args.fpr if args.confidence is None else rank / (things + 1)
+    flagged = p <= limit + 1e-9
     scores = {name: values / folds for name, values in calibration.new.items()}
-    score, likeness = scores[args.scores[0]], 1 - calibration.new_distance / folds
+    score = scores[args.scores[0]]
+    names = own.files or range(len(p))
+    checkpoint.write_csv(
+        out / "scores.csv", ["file" if own.files else "index", *scores, "p_value", "outlier", "likeness", "known"],
+        zip(names, *(values.tolist() for values in scores.values()), p.tolist(), flagged.astype(int).tolist(),
+            calibration.likeness.tolist(), known.astype(int).tolist(), strict=True))
     if plots.available():
         plots.outliers(out / "outliers.png", own.pixels.numpy(), p, score,
                        f"{Path(own.name).name}: {args.scores[0]}, calibrated on {things:,} things")
     else:
         print("no figure: pip install matplotlib")
-    names = own.files or range(len(p))
-    checkpoint.write_csv(
-        out / "scores.csv", ["file" if own.files else "index", *scores, "p_value", "outlier", "likeness", "known"],
-        zip(names, *(values.tolist() for values in scores.values()), p.tolist(), flagged.astype(int).tolist(),
-            likeness.tolist(), known.astype(int).tolist(), strict=True))
     print(f"\n{'image':<40}{args.scores[0]:>19}{'p-value':>10}")
     for i in np.lexsort((-score, p))[:10]:
         print(f"{str(names[i])[-39:]:<40}{score[i]:>12.1f}{'':7}{p[i]:>10.4f}{'  outlier' if flagged[i] else ''}")
     if known.any():
         print(f"{known.sum():,} of {len(p):,} images show what training images show ({calibration.copies.sum():,} are "
               f"copies), {flagged[known].sum():,} of them flagged: the rate is that of new things")
-    if calibration.farther(own.pixels, folds) < 0.01:
+    if calibration.farther(own, how) < 0.01:
         print("these images lie farther from the training images than those that calibrate did: unless they are "
               "outliers, they are of another kind, and the false-alarm rate is not assured for them")
-    limit, (low, high) = rank / (things + 1), false_alarm_range(rank, things)
+    low, high = false_alarm_range(rank, things)
     sure = f" (the rate is at most {args.fpr:g} with confidence {args.confidence:g})" if args.confidence else ""
-    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {limit if args.confidence else args.fpr:g}{sure}\n"
-          f"of new things like the training data, {limit:.1%} would be on average, between {low:.1%} and {high:.1%} "
-          f"for nine calibrations in ten (calibrated on {things:,} things, {calibration.images:,} images)\n"
+    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {limit:.4g}{sure}\n"
+          f"of new things like the training data, at most {limit:.1%} would be on average, between {low:.1%} and "
+          f"{high:.1%} for nine calibrations in ten (calibrated on {things:,} things, {calibration.images:,} images)\n"
           f"written to {out / 'scores.csv'}")
     if folds > 1:
         print(f"of {folds} folds that rate is usual; proven, for things of one image, is at most "
-              f"{min(1, 2 * limit + 2 * (1 - 1 / folds) / (things / folds + 1)):.1%} (arXiv 1905.02928)")
+              f"{cross_bound(limit, folds, things):.1%} (arXiv 1905.02928)")
 
 
 def checkpoints(path):
@@ -357,7 +378,7 @@ def main(args):
     check_scores(args)
     device = pick_device(args.device)
     with workers(device, args.timeout):
-        paths = checkpoints(args.ckpt)
+        paths = [Path(path) for path in from_first(lambda: [str(path) for path in checkpoints(args.ckpt)])]
         members = [checkpoint.load_model(path, device) for path in paths]
         model, config, split = members[0]
         for path in paths:

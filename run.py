@@ -268,13 +268,15 @@ class Winner:
         self.step, self.bpd, self.weights = 0, math.inf, None
 
     def resume(self, step):
-        """Go on after `step`: with what best.pt holds of a step before it."""
-        if step:
-            state = from_first(lambda: checkpoint.load(self.path) if self.path.exists() else None)
-            if state and state["step"] <= step:
-                self.step, self.bpd, self.weights = state["step"], state["validation_bpd"], state["model"]
-        elif RANK == 0:
-            self.path.unlink(missing_ok=True)
+        """Go on after `step`: with what best.pt holds of a step before it, where it is good."""
+        def load():
+            try:
+                return checkpoint.load(self.path)
+            except UserError as error:
+                print(error)
+        state = from_first(load) if step else None
+        if state and state["step"] <= step and isinstance(state.get("validation_bpd"), float):
+            self.step, self.bpd, self.weights = state["step"], state["validation_bpd"], state["model"]
 
     def compare(self, model, step):
         """The bits per dimension after `step`, which wins if they are the fewest so far."""
@@ -316,6 +318,8 @@ def train(args, images, out, device, split=None, validation=None):
     winner = None if validation is None else Winner(args, validation, out / "best.pt")
     if winner:
         winner.resume(step)
+    if RANK == 0 and not step:
+        (out / "best.pt").unlink(missing_ok=True)
 
     def check(losses):
         """UserError if one of the losses since the last check, or a parameter, is not finite."""
@@ -372,6 +376,7 @@ def train(args, images, out, device, split=None, validation=None):
                               "grad_z_norm": grad_z_norm, "active_dims": sum(k > ACTIVE_NATS for k in kl)}
                     if winner and (step % winner.every == 0 or step == args.iters):
                         record["validation_bpd"] = winner.compare(model, step)
+                        now = time.perf_counter()  # that is no time of the next steps
                     if RANK == 0:
                         log.write(json.dumps(record) + "\n")
                         log.flush()
@@ -404,9 +409,9 @@ def train(args, images, out, device, split=None, validation=None):
 def settle(winner, run, config, split):
     """Take the winner's weights, with the gamma that they ask for, write best.pt, and say which step's they are."""
     model, args = run.model, run.args
-    if winner.weights is None:  # best.pt has been deleted since the last step
-        winner.compare(model, args.iters)
     last = validation_bpd(model, winner.images, args)
+    if winner.weights is None:  # best.pt has been deleted since the last step, or no comparison was finite
+        winner.step, winner.weights = args.iters, model.state_dict()
     model.load_state_dict(winner.weights)
     run.settle_gamma()
     winner.weights, winner.bpd = model.state_dict(), validation_bpd(model, winner.images, args)
@@ -418,30 +423,25 @@ def settle(winner, run, config, split):
               f"evaluated: bpd {winner.bpd:.3f} on {len(winner.images):,} validation images, {last:.3f} after the last")
 
 
-def own_parts(images, args, out, fold, labels):
-    """Of own images: ({"train", "validation", "test"}, the split {"group", "part"} [N]), which is that of the run in
-    `out` where it goes on, None if that is from before there were groups."""
-    state, _ = from_first(lambda: checkpoint.load_newest(out / "ckpt.pt")) if args.resume else (None, [])
-    if state:
-        split = state.get("split")
-    else:
-        which = groups.split(labels(), groups.digests(images.pixels), args.fpr, args.folds, fold, images.given)
-        split = {"group": torch.from_numpy(labels()), "part": torch.from_numpy(which)}
-    return groups.parts(images, split), split
+def own_split(images, names, labels, args, fold):
+    """The split of own images, whose digests are `names` and whose groups labels() gives [N]."""
+    which = groups.split(labels(), names, args.fpr, args.folds, fold, images.given)
+    return {"group": torch.from_numpy(labels()), "part": torch.from_numpy(which), "crc32": groups.checksum(names)}
 
 
 def describe(parts, args):
     """Say what the pictures show, what is held out and what can be promised with that."""
     things = {name: len(np.unique(part.groups)) for name, part in parts.items()}
     everything = np.concatenate([part.groups for part in parts.values()])
+    calibrating = len(np.unique(everything)) if args.folds > 1 else things["test"]
     print(f"{len(everything):,} pictures show about {len(np.unique(everything)):,} things: {things['test']:,} whole "
           f"things ({len(parts['test'].groups):,} pictures) are held out to calibrate"
           + (f", {things['validation']:,} ({len(parts['validation'].groups):,}) to validate" if "validation" in parts
              else "; too few to validate with, so the last step's weights are kept"))
-    if args.folds == 1 and things["test"] < groups.things_needed(args.fpr):
-        print(f"the smallest false-alarm rate that {things['test']:,} things can promise is "
-              f"{math.ceil(1e4 / (things['test'] + 1)) / 1e4:.2%}, not {args.fpr:.2%}: add pictures of other things, "
-              "or calibrate on all of these with --folds 5")
+    if calibrating < groups.things_needed(args.fpr):
+        print(f"the smallest false-alarm rate that {calibrating:,} things can promise is "
+              f"{math.ceil(1e4 / (calibrating + 1)) / 1e4:.2%}, not {args.fpr:.2%}: add pictures of other things"
+              + ("" if args.folds > 1 else ", or calibrate on all of these with --folds"))
     if shared := len(np.intersect1d(parts["train"].groups, parts["test"].groups)):
         print(f"{shared:,} things are among train_images and test_images both: the false-alarm rate holds for new "
               "pictures of known things only")
@@ -457,7 +457,7 @@ def main(args):
         if not Path(args.data).exists():
             raise UserError(f"unknown data '{args.data}': give a path that exists, or one of {', '.join(NAMED)}")
         args.data = str(Path(args.data).resolve())
-        if args.group_by.endswith(".csv"):
+        if args.group_by.lower().endswith(".csv"):
             args.group_by = str(Path(args.group_by).resolve())
     name = Path(args.data).stem + (str(args.sprite_factors) if args.sprite_factors != 4 else "")
     out = Path(args.out or f"runs/{name}_a{args.alpha:g}_k{args.kappa}_s{args.seed}")
@@ -467,14 +467,20 @@ def main(args):
                     for part in (("train",) if args.no_eval else ("train", "test"))}
             train_and_evaluate(args, sets, None, out, device)
             return
+        if (out / "ckpt.pt").exists() if args.folds > 1 else any(out.glob("fold-*/ckpt.pt")):
+            raise UserError(f"{out} already holds a run with{'out' * (args.folds > 1)} --folds: give another --out")
         images = load(args.data, "all", args.data_root, None, args.sprite_factors, args.skip_bad)
+        names = groups.digests(images.pixels)
         labels = functools.cache(lambda: from_first(
             lambda: torch.from_numpy(groups.group(images, args.group_by))).numpy())
         for fold in range(args.folds):
             place = out / f"fold-{fold + 1}" if args.folds > 1 else out
             if args.folds > 1:
                 print(f"fold {fold + 1} of {args.folds}")
-            sets, split = own_parts(images, args, place, fold, labels)
+            state, _ = from_first(lambda place=place: checkpoint.load_newest(place / "ckpt.pt")) if args.resume else (
+                None, [])
+            split = state.get("split") if state else own_split(images, names, labels, args, fold)
+            sets = groups.parts(images, split)
             if split:
                 describe(sets, args)
             train_and_evaluate(args, sets, split, place, device, images.files)

@@ -183,8 +183,10 @@ def test_files_that_are_no_checkpoint(saved, tmp_path):
     ({"config": CONFIG | {"alpha": "wide"}}, "settings are unusable"),
     ({"config": CONFIG | {"data": None}}, "settings are unusable"),
     ({"config": MODEL}, "settings are unusable"),
-    ({"split": {"group": torch.arange(3), "part": torch.zeros(4)}}, "settings are unusable"),
-    ({"split": 3}, "settings are unusable"),
+    ({"split": {"group": torch.arange(3), "part": torch.zeros(4), "crc32": 1}}, "groups are unusable"),
+    ({"split": {"group": torch.arange(3, dtype=torch.int32), "part": torch.tensor([0, 1, 3], dtype=torch.uint8),
+                "crc32": 1}}, "groups are unusable"),
+    ({"split": 3}, "groups are unusable"),
     ({"model": {"mu.bias": torch.tensor([1.0, math.nan])}}, "not finite"),
     ({"model": {"mu.bias": 3}}, "mu.bias is no tensor"),
 ])

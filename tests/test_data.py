@@ -3,6 +3,9 @@
 import gzip
 import hashlib
 import io
+import os
+import re
+import struct
 import tarfile
 import threading
 import time
@@ -10,6 +13,7 @@ import tracemalloc
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +24,8 @@ from scipy.io import savemat
 
 from vae_ood import UserError, data
 from vae_ood.data import CORRUPTIONS, Images, convert, corrupt, fetch, generator, load, to_unit
-from vae_ood.groups import PARTS, parts
+from vae_ood.groups import PARTS, checksum, parts
+from vae_ood.likeness import digests
 
 RNG = np.random.default_rng(0)
 
@@ -251,7 +256,8 @@ def test_own_images_in_every_layout(tmp_path, layout):
     everything = load(str(path), "all")
     order = sorted(range(30), key=lambda i: (i % 3, i)) if layout == "folder" else range(30)
     np.testing.assert_array_equal(everything.pixels.numpy(), images[list(order)].transpose(0, 3, 1, 2))
-    split = {"group": torch.arange(30), "part": torch.arange(30, dtype=torch.uint8) % 3}
+    split = {"group": torch.arange(30), "part": torch.arange(30, dtype=torch.uint8) % 3,
+             "crc32": checksum(digests(everything.pixels))}
     some = parts(everything, split)
     assert [len(some[name].pixels) for name in PARTS] == [10, 10, 10]
     for number, name in enumerate(PARTS):
@@ -279,8 +285,9 @@ def test_checkpoints_from_before_groups_keep_their_split(tmp_path):
 
 def test_a_split_of_other_images_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", random_images(12, 5, 5))
-    with pytest.raises(UserError, match="holds 12 images now, and held 11"):
-        parts(load(str(tmp_path / "a.npy"), "all"), {"group": torch.arange(11), "part": torch.zeros(11)})
+    for n in (11, 12):
+        with pytest.raises(UserError, match=rf"the 12 images in .*a\.npy are not the {n} that the model"):
+            parts(load(str(tmp_path / "a.npy"), "all"), {"group": torch.arange(n), "part": torch.zeros(n), "crc32": 0})
 
 
 def test_gray_arrays_and_ready_made_splits(tmp_path):
@@ -311,6 +318,173 @@ def test_pictures_of_every_mode(tmp_path):
     assert load(str(tmp_path), "all").pixels.shape == (3, 3, 8, 8)  # one in colour: all in colour
 
 
+def tiff(array, photometric=1):
+    """A TIFF file of one channel [h, w], little-endian and uncompressed."""
+    (h, w), kind = array.shape, {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
+    entries = [(256, 4, w), (257, 4, h), (258, 3, 8 * array.itemsize), (259, 3, 1), (262, 3, photometric),
+               (273, 4, 134), (277, 3, 1), (278, 4, h), (279, 4, array.nbytes), (339, 3, kind)]
+    return (b"II*\0" + struct.pack("<IH", 8, len(entries))
+            + b"".join(struct.pack("<HHIHH", tag, size, 1, value, 0) for tag, size, value in entries)
+            + struct.pack("<I", 0) + array.tobytes())
+
+
+GRADIENT = np.linspace(0, 1, 12).reshape(3, 4)
+
+
+@pytest.mark.parametrize(("values", "photometric", "levels", "expected"), [
+    (GRADIENT.astype("<f4"), 1, None, GRADIENT), (GRADIENT.astype("<f4"), 0, None, 1 - GRADIENT),
+    ((4812 * GRADIENT).astype("<f4"), 1, None, "holds float32 from 0.0 to 4,812.0"),
+    ((4812 * GRADIENT).astype("<f4"), 1, (0, 4812), GRADIENT),
+    (np.where(GRADIENT == 1, np.nan, GRADIENT).astype("<f4"), 1, None, "NaN or infinite"),
+    (np.where(GRADIENT == 1, np.inf, GRADIENT).astype("<f4"), 1, (0, 1), "NaN or infinite"),
+    ((65535 * GRADIENT).astype("<u2"), 1, None, GRADIENT), ((65535 * GRADIENT).astype("<u2"), 0, None, 1 - GRADIENT),
+    ((4000 * GRADIENT).astype("<u2"), 1, (0, 4000), GRADIENT), ((255 * GRADIENT).astype("<u1"), 0, None, 1 - GRADIENT),
+    ((1000 * GRADIENT - 500).astype("<i2"), 1, None, "holds int32 from -500 to 500"),
+    ((1000 * GRADIENT - 500).astype("<i2"), 1, (-500, 500), GRADIENT),
+    ((100 * GRADIENT - 50).astype("<i1"), 1, None, "holds int8 from -50 to 50"),
+    ((100 * GRADIENT - 50).astype("<i1"), 1, (-50, 50), GRADIENT),
+    ((2e9 * GRADIENT).astype("<i4"), 1, None, "holds int32 from 0 to 2,000,000,000: say with --range LOW HIGH"),
+    ((4e9 * GRADIENT).astype("<u4"), 1, None, "holds uint32 from 0 to 4,000,000,000"),
+    ((4e9 * GRADIENT).astype("<u4"), 1, (0, 4e9), GRADIENT),
+    ((255 * GRADIENT).astype("<u1"), 1, (51, 204), (GRADIENT - 0.2) / 0.6),
+])
+def test_pixels_of_more_than_eight_bits_are_what_a_viewer_shows_or_refused(
+        tmp_path, values, photometric, levels, expected):
+    put(tmp_path / "a.tif", tiff(values, photometric))
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            load(str(tmp_path), "all", levels=levels)
+    else:
+        pixels = load(str(tmp_path), "all", levels=levels).pixels
+        coarse = 2.9 if values.dtype == np.int8 else 1.7 if values.dtype == np.uint8 else 0.6
+        np.testing.assert_allclose(pixels[0, 0], 255 * expected.clip(0, 1), atol=coarse)
+
+
+def test_sixteen_bit_pictures_that_use_a_sixteenth_of_their_range_say_so(tmp_path):
+    twelve = (4095 * GRADIENT).astype(np.uint16)
+    save_picture(tmp_path / "a.png", twelve)
+    assert load(str(tmp_path), "all").notes == ["16-bit pictures that use the levels up to 4,095 of 65,535 alone: "
+                                                "nearly black; --range 0 4095 makes that white"]
+    images = load(str(tmp_path), "all", levels=(0, 4095))
+    assert not images.notes and images.pixels.max() == 255
+    save_picture(tmp_path / "b.png", 16 * twelve)
+    assert not load(str(tmp_path), "all").notes
+    pgm = b"P5 4 3 4095\n" + twelve.astype(">u2").tobytes()  # says itself what is white
+    (tmp_path / "a.png").unlink()
+    put(tmp_path / "b.png", pgm)
+    np.testing.assert_allclose(load(str(tmp_path), "all").pixels[0, 0], 255 * GRADIENT, atol=0.6)
+
+
+def test_what_is_transparent_is_shown_on_mid_gray(tmp_path):
+    colour, alpha = random_images(8, 8, 3), np.array([0, 255, 51] * 22, np.uint8)[:64].reshape(8, 8)
+    save_picture(tmp_path / "a.png", np.dstack([colour, alpha]))
+    images = load(str(tmp_path), "all")
+    assert images.notes == ["1 pictures are transparent in places: shown on mid gray"]
+    shown = (colour * (alpha / 255)[:, :, None] + 128 * (1 - alpha / 255)[:, :, None]).transpose(2, 0, 1)
+    np.testing.assert_allclose(images.pixels[0], shown, atol=1)
+    gray = Image.fromarray(colour[:, :, 0])
+    gray.putalpha(Image.fromarray(alpha))  # LA
+    gray.save(tmp_path / "a.png")
+    images = load(str(tmp_path), "all")
+    assert images.pixels.shape == (1, 1, 8, 8)
+    np.testing.assert_allclose(images.pixels[0, 0], shown[0], atol=1)
+    palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("P")
+    palette.save(tmp_path / "a.png", transparency=5)
+    pixels = load(str(tmp_path), "all").pixels
+    assert pixels.shape == (1, 3, 8, 8) and (pixels.flatten(1).view(3, 64)[:, 5] == 128).all()
+    save_picture(tmp_path / "a.png", np.dstack([colour, np.full((8, 8), 255, np.uint8)]))
+    assert not load(str(tmp_path), "all").notes
+
+
+def test_every_file_is_used_or_counted(tmp_path):
+    for name in ("a.PNG", "sub/b.Jpeg", "c.jfif", "d.jpe", "e.pnm", "f.ppm", "g.TIFF", "h.bmp", "i.webp", "j.jp2"):
+        file = io.BytesIO()
+        Image.fromarray(random_images(8, 8, 3)).save(file, Image.registered_extensions()[Path(name).suffix.lower()])
+        put(tmp_path / "p" / name, file.getvalue())
+    frames = [Image.fromarray(image) for image in random_images(3, 8, 8, 3)]
+    frames[0].save(tmp_path / "p" / "k.gif", save_all=True, append_images=frames[1:])
+    for name in ("._a.png", ".DS_Store", "Thumbs.db", "sub/desktop.ini"):
+        put(tmp_path / "p" / name, b"x")
+    for name in ("a.heic", "b.heic", "c.HEIC", "d.dcm", "e.txt", "noextension"):
+        put(tmp_path / "p" / name, b"x")
+    images = load(str(tmp_path / "p"), "all")
+    assert len(images.files) == 11 and images.files[0] == "a.PNG" and "sub/b.Jpeg" in images.files
+    assert images.notes == ["6 files left out: 3 .heic, 1 .dcm, 1 .txt, 1 without extension",
+                            "first frame of 3 in 1 files"]
+
+
+def test_links_are_followed_once(tmp_path):
+    save_picture(tmp_path / "elsewhere" / "x.png", random_images(8, 8))
+    save_picture(tmp_path / "p" / "y.png", random_images(8, 8))
+    (tmp_path / "p" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "p" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "p")
+    assert load(str(tmp_path / "p"), "all").files == ["again/x.png", "y.png"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    save_picture(tmp_path / "a.png", random_images(8, 8))
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(UserError, match="closed cannot be read"):
+        load(str(tmp_path), "all")
+
+
+def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
+    save_picture(tmp_path / "a.png", random_images(8, 8))
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="closed cannot be read"):
+        load(str(tmp_path), "all")
+
+
+def test_a_single_picture(tmp_path):
+    save_picture(tmp_path / "a.png", random_images(8, 8))
+    images = load(str(tmp_path / "a.png"), "all")
+    assert images.pixels.shape == (1, 1, 8, 8) and images.files == ["a.png"]
+
+
+def test_figures_of_ours_are_not_data(tmp_path):
+    from vae_ood import plots
+    save_picture(tmp_path / "a.png", random_images(8, 8))
+    plots.mutual_information(tmp_path / "fig.png", np.array([1.0, 0.1]), "t")
+    images = load(str(tmp_path), "all")
+    assert images.files == ["a.png"] and images.notes == ["1 files left out: 1 figures of vae-ood"]
+
+
+@pytest.mark.parametrize(("array", "expected"), [
+    (np.array([[[True, False]] * 2] * 4), [[255, 0]] * 2), (GRADIENT[None].repeat(2, 0), 255 * GRADIENT),
+    (np.uint16(1000 * GRADIENT)[None].repeat(2, 0), "--range LOW HIGH")])
+def test_arrays_of_other_kinds(tmp_path, array, expected):
+    with open(tmp_path / "a.NPY", "wb") as file:
+        np.save(file, array)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            load(str(tmp_path / "a.NPY"), "all")
+        expected = 255 * GRADIENT
+        images = load(str(tmp_path / "a.NPY"), "all", levels=(0, 1000))
+    else:
+        images = load(str(tmp_path / "a.NPY"), "all")
+    np.testing.assert_allclose(images.pixels[0, 0], expected, atol=0.6)
+
+
+def test_arrays_that_may_be_one_picture_are_refused_and_masks_warn(tmp_path):
+    for shape in ((16, 16, 3), (3, 16, 16)):
+        np.save(tmp_path / "a.npy", random_images(*shape))
+        with pytest.raises(UserError, match="may be one picture in colour or several in gray: save it as NxHxWxC"):
+            load(str(tmp_path / "a.npy"), "all")
+    np.save(tmp_path / "a.npy", random_images(5, 4, 4) % 2)
+    assert load(str(tmp_path / "a.npy"), "all").notes == [
+        "uint8 up to 1: nearly black; if 1 is white, save it as bool, or add --range 0 1"]
+
+
 def test_undecodable_picture(tmp_path):
     for i in range(3):
         save_picture(tmp_path / f"{i}.png", random_images(8, 8))
@@ -318,7 +492,7 @@ def test_undecodable_picture(tmp_path):
     with pytest.raises(UserError, match=r"broken\.png.*--skip-bad"):
         load(str(tmp_path), "all")
     images = load(str(tmp_path), "all", skip_bad=True)
-    assert len(images.pixels) == 3 and images.notes == ["left out 1 undecodable pictures"]
+    assert len(images.pixels) == 3 and images.notes == ["1 files left out: 1 undecodable"]
 
 
 def test_mixed_sizes_are_refused_for_training_and_converted_for_scoring(tmp_path):
@@ -333,11 +507,11 @@ def test_mixed_sizes_are_refused_for_training_and_converted_for_scoring(tmp_path
 
 
 @pytest.mark.parametrize(("array", "message"), [
-    (np.full((3, 4, 4), np.nan), "NaN"),
-    (np.full((3, 4, 4), 7.5), "from 7.5 to 7.5"),
-    (np.full((3, 4, 4), -3), "from -3 to -3"),
-    (np.full((3, 4, 4), "x"), "save uint8"),
-    (random_images(3, 4, 4, 7), "shape"),
+    (np.full((5, 4, 4), np.nan), "NaN"),
+    (np.full((5, 4, 4), 7.5), "from 7.5 to 7.5"),
+    (np.full((5, 4, 4), -3), "from -3 to -3"),
+    (np.full((5, 4, 4), "x"), "save uint8"),
+    (random_images(5, 4, 4, 7), "shape"),
     (random_images(3, 4), "shape"),
     (random_images(0, 4, 4), "shape"),
     (np.array([{"a": 1}], dtype=object), "without pickled objects"),

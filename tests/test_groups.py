@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vae_ood import UserError, groups
+from vae_ood import UserError, likeness
 from vae_ood.data import Images, load
-from vae_ood.groups import CALIBRATION, TRAIN, VALIDATION, Nearest, connected, digests, farther, group, near, split
+from vae_ood.groups import CALIBRATION, TRAIN, VALIDATION, checksum, group, ordered, parts, split
+from vae_ood.likeness import Nearest, connected, digests, farther, near
 
 SIZE = 48
 
@@ -108,6 +109,25 @@ def test_many_pictures_of_one_thing_among_others(copies):
     assert pure == 1 and outside == 0
 
 
+@pytest.mark.parametrize("each", [40, 80])
+@pytest.mark.parametrize("kind", ["burst", "exposed", "copies"])
+def test_things_of_many_pictures_each(kind, each):
+    rng = np.random.default_rng(0)
+    pixels = pictures([photograph(kind, scene, rng) for scene in scenes(20) for _ in range(each)])
+    pure, outside, labels = found(pixels, np.repeat(np.arange(20), each))
+    assert pure == 1 and outside <= 0.05, (pure, outside, labels.max() + 1)
+
+
+def test_where_likeness_takes_large_things_apart_it_says_so(capsys, data_root):
+    rng = np.random.default_rng(0)
+    near(pictures([photograph("burst", scene, rng) for scene in scenes(4) for _ in range(150)]))
+    assert "say so with --group-by" in capsys.readouterr().out
+    for pixels in (load("sprites", "test").pixels, load("mnist", "test", data_root).pixels[:2000],
+                   load("cifar10", "test", data_root).pixels[:2000], pictures([crop(s) for s in scenes(400)])):
+        near(pixels)
+        assert "--group-by" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("factors", [2, 4])
 def test_pictures_in_which_little_varies_are_not_all_one_thing(factors):
     labels = near(load("sprites", "test", factors=factors).pixels)
@@ -131,7 +151,7 @@ def test_sketches_find_what_the_full_comparison_finds(monkeypatch):
     rng = np.random.default_rng(0)
     pixels = pictures([photograph("burst", s, rng) for s in scenes(150) for _ in range(4)])
     exact = near(pixels)
-    monkeypatch.setattr(groups, "EXACT", 100)
+    monkeypatch.setattr(likeness, "EXACT", 100)
     np.testing.assert_array_equal(near(pixels), exact)
     assert exact.max() + 1 == 150
 
@@ -185,7 +205,7 @@ def test_groups_by_name(tmp_path):
     table.write_text("part,group,file\n" + "".join(f"x,{g},{name}\n" for g, name in zip("pqqp", NAMES, strict=True)))
     assert group(own(), str(table)).tolist() == [0, 1, 1, 0]
     array = Images("array", own().pixels)
-    table.write_text("index,group\n3,k\n1,l\n0,k\n2,m\n9,m\n")
+    table.write_text("\ufeffindex,group\n3,k\n1,l\n0,k\n2,m\n9,m\n")
     assert group(array, str(table)).tolist() == [0, 1, 2, 0]
     assert array.notes == [f"1 lines of {table} name no picture of array"]
 
@@ -221,10 +241,32 @@ def test_whole_things_are_held_out_as_many_as_the_rate_needs(things, fpr, calibr
     of = {number: set(labels[part == number]) for number in (TRAIN, VALIDATION, CALIBRATION)}
     assert [len(of[CALIBRATION]), len(of[VALIDATION])] == [calibrating, validating]
     assert sum(map(len, of.values())) == things  # none is in two parts
-    smallest = {g: min(n for n, label in zip(names, labels, strict=True) if label == g) for g in range(things)}
-    assert of[CALIBRATION] == set(sorted(smallest, key=smallest.get)[:calibrating])
+    assert of[CALIBRATION] == set(ordered(labels, names)[:calibrating])
     order = rng.permutation(len(labels))
     np.testing.assert_array_equal(split(labels[order], [names[i] for i in order], fpr), part[order])
+
+
+def test_large_things_are_held_out_as_often_as_small_ones():
+    """By their smallest digest, things of 20 pictures would be 59% of those held out, and a tenth of all."""
+    rng, large, pictures_held_out = np.random.default_rng(0), [], []
+    labels = np.concatenate([np.arange(180), np.repeat(np.arange(180, 200), 20)])
+    for _ in range(100):
+        part = split(labels, [rng.bytes(8) for _ in labels], 0.05)
+        held_out = set(labels[part == CALIBRATION])
+        large.append(sum(g >= 180 for g in held_out) / len(held_out))
+        pictures_held_out.append((part == CALIBRATION).mean())
+    for share in (large, pictures_held_out):
+        assert abs(np.mean(share) - 0.1) <= 3 * np.std(share) / 10
+
+
+def test_the_first_held_out_pictures_are_whole_things():
+    images = own([f"{i:02d}.png" for i in range(48)])
+    labels = np.repeat(np.arange(12, dtype=np.int32), 4)
+    names = digests(images.pixels)
+    part = split(labels, names, 0.05)
+    some = parts(images, {"group": torch.from_numpy(labels), "part": torch.from_numpy(part), "crc32": checksum(names)})
+    assert (np.diff(some["test"].groups.reshape(-1, 4)) == 0).all()
+    assert some["train"].files == sorted(some["train"].files, key=lambda f: names[int(f[:2])])
 
 
 def test_every_thing_calibrates_in_one_fold():
@@ -238,6 +280,8 @@ def test_every_thing_calibrates_in_one_fold():
 def test_too_few_things_are_refused_by_name():
     with pytest.raises(UserError, match=r"the 5 images show 2 things, and three are needed.*--group-by.*none"):
         split(np.array([0, 0, 1, 1, 0]), [b"a", b"b", b"c", b"d", b"e"], 0.05)
+    with pytest.raises(UserError, match="train_images and test_images say what calibrates"):
+        split(np.arange(4), [b"a", b"b", b"c", b"d"], 0.05, 2, given=2)
     with pytest.raises(UserError, match="--folds 5: there are 4 things"):
         split(np.arange(4), [b"a", b"b", b"c", b"d"], 0.05, 5)
 
@@ -246,7 +290,7 @@ def test_given_parts_are_kept():
     labels = np.concatenate([np.arange(60), np.arange(50, 70)])
     part = split(labels, [bytes([i]) for i in range(80)], 0.05, given=60)
     assert (part[60:] == CALIBRATION).all() and not (part[:60] == CALIBRATION).any()
-    assert (part == VALIDATION).sum() == 7 and not (part[50:60] == VALIDATION).any()
+    assert (part == VALIDATION).sum() == 5 and not (part[50:60] == VALIDATION).any()
 
 
 # ---- new pictures beside the training pictures
@@ -255,20 +299,22 @@ def test_copies_and_siblings_of_training_pictures_are_recognised():
     rng, many = np.random.default_rng(0), scenes(240)
     train = pictures([photograph("burst", s, rng) for s in many[:120]])
     new = torch.cat([train[7:9], pictures([photograph("burst", s, rng) for s in many[100:140]])])
-    distance, index, copies, siblings = Nearest(train)(new)
+    nearest = Nearest(train)
+    distance, copies, siblings = nearest.known(new)
     assert copies.tolist() == [True] * 2 + [False] * 40 and np.abs(distance[:2]).max() < 1e-3
     assert siblings[:22].all() and not siblings[22:].any()
-    assert index[:22].tolist() == [7, 8, *range(100, 120)]
+    for i in range(0, 42, 5):  # whatever else is looked up with it
+        assert nearest.known(new[i:i + 1])[2] == siblings[i]
 
 
 def test_new_pictures_of_another_kind_lie_farther():
     train, held_out, same = (pictures([crop(s) for s in scenes(n, seed)]) for n, seed in ((200, 1), (60, 2), (60, 3)))
     other = torch.randint(256, same.shape, dtype=torch.uint8)
     nearest, singly = Nearest(train), np.arange(60)
-    known = nearest(held_out)[0]
-    assert farther(nearest(same)[0], singly, known, singly) > 0.01
-    assert farther(nearest(other)[0], singly, known, singly) < 1e-6
-    assert farther(nearest(other)[0], np.zeros(60, int), known, singly) > 0.03  # of one thing
+    known = nearest.distance(held_out)[0]
+    assert farther(nearest.distance(same)[0], singly, known, singly) > 0.01
+    assert farther(nearest.distance(other)[0], singly, known, singly) < 1e-6
+    assert farther(nearest.distance(other)[0], np.zeros(60, int), known, singly) > 0.03  # of one thing
 
 
 def test_rank_test_matches_scipy():
@@ -278,7 +324,7 @@ def test_rank_test_matches_scipy():
         x, y = rng.standard_normal(15).round(decimals) + 0.4, rng.standard_normal(11).round(decimals)
         expected = mannwhitneyu(x, y, alternative="greater", method="asymptotic").pvalue
         assert farther(x, np.arange(15), y, np.arange(11)) == pytest.approx(expected, rel=1e-9)
-    twice = farther(np.repeat(x, 2), np.repeat(np.arange(15), 2), y, np.arange(11))  # groups count once
+    twice = farther(np.repeat(x, 2), np.repeat(np.arange(15), 2), y, np.arange(11))  # a thing counts once
     assert twice == pytest.approx(expected, rel=1e-9)
 
 

@@ -8,6 +8,7 @@ from vae_ood.metrics import (
     binomial_tail,
     confident_rank,
     conformal_p_values,
+    cross_bound,
     detection,
     false_alarm_range,
     latent_spectrum,
@@ -61,21 +62,31 @@ def test_interval_covers_the_truth():
     assert covered >= 178  # 95% of 200, less four standard errors; too wide would fail the test above
 
 
+def p_values(calibration, scores, groups=None):
+    return conformal_p_values((calibration, np.arange(len(calibration)) if groups is None else groups, scores))
+
+
 def test_conformal_p_values_by_the_formula_with_ties():
     calibration, scores = np.array([1.0, 2.0, 2.0, 5.0]), np.array([0.0, 2.0, 5.0, 6.0])
     expected = [(1 + (calibration >= s).sum()) / 5 for s in scores]
-    np.testing.assert_array_equal(conformal_p_values(calibration, scores), expected)
+    np.testing.assert_array_equal(p_values(calibration, scores), expected)
 
 
 def test_grouped_p_values_by_the_formula_with_ties():
     rng = np.random.default_rng(0)
     calibration, groups, scores = rng.integers(0, 6, 40), rng.integers(0, 7, 40), rng.integers(-1, 7, 30)
     shares = [[(calibration[groups == g] >= s).mean() for g in np.unique(groups)] for s in scores]
-    np.testing.assert_allclose(conformal_p_values(calibration, scores, groups), (1 + np.sum(shares, 1)) / 8, rtol=1e-8)
-    thirds = conformal_p_values(np.repeat([1.0, 2], 3), [1.0], np.repeat([0, 1], 3))
+    np.testing.assert_allclose(p_values(calibration, scores, groups), (1 + np.sum(shares, 1)) / 8, rtol=1e-8)
+    thirds = p_values(np.repeat([1.0, 2], 3), [1.0], np.repeat([0, 1], 3))
     assert thirds[0] == 1.0  # a whole group counts exactly one
-    np.testing.assert_array_equal(conformal_p_values(calibration, scores, np.arange(40)),
-                                  conformal_p_values(calibration, scores))
+    folds = conformal_p_values((calibration, groups, scores), (calibration, np.arange(40), scores - 1))
+    shares = np.sum(shares, 1) + [(calibration >= s - 1).sum() for s in scores]
+    np.testing.assert_allclose(folds, (1 + shares) / 48, rtol=1e-8)
+
+
+def test_the_bound_of_folds_is_the_theorem_s():
+    assert cross_bound(0.05, 5, 60) == pytest.approx(0.1 + min(2 * 0.8 / 13, (1 - 5 / 60) / 6))
+    assert cross_bound(0.9, 3, 12) == 1
 
 
 def test_what_a_calibration_can_promise_matches_scipy():
@@ -92,7 +103,7 @@ def test_what_a_calibration_can_promise_matches_scipy():
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
 def test_conformal_false_alarm_rate_is_the_asked_one(rate):
     rng, n, repeats = np.random.default_rng(2), 499, 400
-    flagged = [(conformal_p_values(s[:n], s[n:]) <= rate).mean()
+    flagged = [(p_values(s[:n], s[n:]) <= rate).mean()
                for s in rng.standard_exponential((repeats, n + 500))]
     # rate * (n + 1) is whole, so the rate is exact; over calibrations it is Beta-distributed with this deviation
     deviation = np.sqrt(rate * (1 - rate) * (1 / (n + 2) + 1 / 500) / repeats)

@@ -125,7 +125,7 @@ def compressed_mat(content):
 
 def npy():
     buffer = io.BytesIO()
-    np.save(buffer, random_images(3, 8, 8))
+    np.save(buffer, random_images(2, 8, 8))
     return buffer.getvalue()
 
 

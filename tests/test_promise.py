@@ -12,13 +12,18 @@ import pytest
 import torch
 
 import eval as evaluation
-from vae_ood import groups, metrics
+from vae_ood import groups
 from vae_ood.data import Images
 from vae_ood.likelihood import evaluate
+from vae_ood.likeness import digests
 from vae_ood.metrics import confident_rank, conformal_p_values
 from vae_ood.model import VAE
 
 DRAWS = 1000
+
+
+def by_thing(calibration, scores, label):
+    return conformal_p_values((calibration, label, scores))
 
 
 def things(rng, n, decimals=12, sizes=20):
@@ -28,7 +33,7 @@ def things(rng, n, decimals=12, sizes=20):
     return (2 * rng.standard_normal(n)[label] + rng.standard_normal(len(label))).round(decimals), label
 
 
-def realised(things_held_out, rate, p_values=conformal_p_values, **options):
+def realised(things_held_out, rate, p_values=by_thing, **options):
     """The mean share, over DRAWS calibrations, of a new thing's pictures with p <= rate, and its standard error."""
     rng, shares = np.random.default_rng(int(1000 * rate) + things_held_out), []
     for _ in range(DRAWS):
@@ -60,9 +65,8 @@ def test_of_single_pictures_exactly_as_many_as_promised_are_flagged(held_out, ra
 
 
 @pytest.mark.parametrize(("mutant", "held_out", "options"), [
-    (lambda calibration, scores, label: conformal_p_values(calibration, scores), 12, {}),  # pictures are counted
-    (lambda calibration, scores, label: conformal_p_values(calibration, scores + 1e-9, label), 24,
-     {"decimals": -1})])  # > where it should be >=
+    (lambda calibration, scores, label: by_thing(calibration, scores, np.arange(len(label))), 12, {}),  # pictures count
+    (lambda calibration, scores, label: by_thing(calibration, scores + 1e-9, label), 24, {"decimals": -1})])  # > for >=
 def test_mutants_flag_more_than_promised(mutant, held_out, options):
     assert not never_above(0.05, *realised(held_out, 0.05, mutant, **options))
 
@@ -74,7 +78,7 @@ def test_with_confidence_the_rate_is_exceeded_as_seldom_as_asked(sizes):
     population, _ = things(rng, 4000, sizes=1)
     for _ in range(DRAWS):
         score, label = things(rng, held_out, sizes=sizes)
-        rate = (conformal_p_values(score, population, label) <= rank / (held_out + 1) + 1e-12).mean()
+        rate = (by_thing(score, population, label) <= rank / (held_out + 1) + 1e-12).mean()
         exceeded.append(rate > 0.05)
     assert np.mean(exceeded) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / DRAWS)
 
@@ -89,8 +93,8 @@ def memorised(mutant=None, folds=1, draws=60, rate=0.05):
         pixels = 40 * rng.standard_normal((80, 36))[label] + 5 * rng.standard_normal((480, 36)) + 128
         pixels = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).reshape(-1, 1, 6, 6)
         new, known = pixels[label >= 60], pixels[label < 60]
-        of, names = label[label < 60], groups.digests(known)
-        exceeding, count = 0, 0
+        of, names = label[label < 60], digests(known)
+        of_folds = []
         for fold in range(folds):
             split_by = np.arange(len(of)) if mutant == "a group in both parts" else of
             part = groups.split(split_by, names, rate, folds, fold)
@@ -98,9 +102,8 @@ def memorised(mutant=None, folds=1, draws=60, rate=0.05):
             calibrating = training if mutant == "calibrated on training pictures" else part == groups.CALIBRATION
             scores = [torch.cdist(x.flatten(1).double(), known[training].flatten(1).double()).min(1)[0].numpy()
                       for x in (known[calibrating], new)]
-            more, things_held_out = metrics.exceeding_groups(scores[0], of[calibrating], scores[1])
-            exceeding, count = exceeding + more, count + things_held_out
-        shares.append(((1 + exceeding) / (count + 1) <= rate).mean())
+            of_folds.append((scores[0], of[calibrating], scores[1]))
+        shares.append((conformal_p_values(*of_folds) <= rate).mean())
     return np.mean(shares), np.std(shares) / math.sqrt(draws)
 
 
@@ -139,7 +142,7 @@ def flagged_by_noise_alone(seed):
     calibration.compare = lambda *_: None
     inliers = {"train": Images("train", pixels), "test": Images("test", pixels)}
     calibration.add(model(), CONFIG | {"seed": seed}, inliers, Images("new", pixels[:NEW]), ARGS)
-    return (calibration.p_values() <= 0.05).mean()
+    return (conformal_p_values(*calibration.folds) <= 0.05).mean()
 
 
 def test_images_have_noise_of_their_own():
@@ -183,7 +186,6 @@ def test_folds_calibrate_on_every_thing():
         held_out, scores = scorer(features[1]), scorer(features[2])
         first = scores if first is None else first
         shares = shares + sum((held_out[label == g] >= scores[:, None]).mean(1) for g in range(3))
-    np.testing.assert_allclose(calibration.p_values(), (1 + shares) / 7)
+    np.testing.assert_allclose(conformal_p_values(*calibration.folds), (1 + shares) / 7)
     assert calibration.things == 6 and calibration.images == 12
     np.testing.assert_allclose(calibration.new["pixel_moments"] - first, scores)
-    assert metrics.exceeding_groups(held_out, label, scores)[1] == 3

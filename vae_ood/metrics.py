@@ -44,25 +44,28 @@ def detection(inliers, outliers, resamples=500, seed=0):
     return result | {"n_in": len(a), "n_out": len(b)}
 
 
-def exceeding_groups(calibration, groups, scores):
-    """The sum over the groups of the share of a group's images that score at least as high as each of `scores` [m],
-    from inlier scores [n] and their groups [n]; and the number of groups."""
-    _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.argsort(calibration, kind="stable")
-    share = np.append(np.cumsum(1 / size[group[order]][::-1])[::-1], 0)
-    share = share[np.searchsorted(np.asarray(calibration)[order], scores, side="left")]
-    return share.round(9), len(size)  # whole groups make whole numbers
-
-
-def conformal_p_values(calibration, scores, groups=None):
-    """P-values of scores [m] from inlier scores [n] that the model never saw, in [1 / (G + 1), 1].
+def conformal_p_values(*folds):
+    """P-values [m] of new images, in [1 / (G + 1), 1], from `folds` (inlier scores [n] that the model never saw, their
+    groups [n], the new images' scores [m]): one, or one of each model that was trained without a part of the groups.
 
     p = (1 + the sum over the G groups of the share of a group's images that score at least as high) / (G + 1), for an
-    image of a new group: where groups are exchangeable, P(p <= a) <= a for every a (two-layer conformal prediction,
-    arXiv 1809.07441, 2306.06342). Without `groups` [n] each image is one: p = (1 + #{calibration >= score}) / (n + 1).
+    image of a new group. With one model, where groups are exchangeable, P(p <= a) <= a for every a (two-layer conformal
+    prediction, arXiv 1809.07441, 2306.06342); of K folds (cross-conformal, arXiv 1208.0806) see `cross_bound`.
     """
-    exceeding, n = exceeding_groups(calibration, np.arange(len(calibration)) if groups is None else groups, scores)
-    return (1 + exceeding) / (n + 1)
+    exceeding, things = 0, 0
+    for calibration, groups, scores in folds:
+        _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
+        order = np.argsort(calibration, kind="stable")
+        share = np.append(np.cumsum(1 / size[group[order]][::-1])[::-1], 0).round(9)  # whole groups: whole numbers
+        exceeding = exceeding + share[np.searchsorted(np.asarray(calibration)[order], scores, side="left")]
+        things += len(size)
+    return (1 + exceeding) / (things + 1)
+
+
+def cross_bound(rate, folds, things):
+    """The most that P(p <= rate) can be with K folds of as many exchangeable images, by the theorem for CV+ (arXiv
+    1905.02928, theorem 4)."""
+    return min(1.0, 2 * rate + min(2 * (1 - 1 / folds) / (things / folds + 1), (1 - folds / things) / (folds + 1)))
 
 
 def binomial_tail(k, n, x):

@@ -2,7 +2,10 @@
 
 import numpy as np
 
+from vae_ood.data import SOFTWARE
 from vae_ood.metrics import ACTIVE_NATS, latent_spectrum
+
+METADATA = {"Software": SOFTWARE}  # by which these figures are known, and never read as data
 
 
 def available():
@@ -29,7 +32,7 @@ def nll_histogram(path, bpd, title):
     """Write `draw_histogram` to a file."""
     figure, axes = figure_and_axes()
     draw_histogram(axes, bpd, title)
-    figure.savefig(path)
+    figure.savefig(path, metadata=METADATA)
 
 
 def draw_histogram(axes, bpd, title):
@@ -60,7 +63,7 @@ def outliers(path, images, p_values, scores, title):
     which, as p-values tie."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    order = np.argsort(-scores, kind="stable")
+    order = np.lexsort((-scores, p_values))
     figure = Figure(figsize=(10.0, 6.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -72,7 +75,7 @@ def outliers(path, images, p_values, scores, title):
             if i is not None:
                 axes.imshow(images[i].transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=255)
                 axes.set_title(f"p = {p_values[i]:.4f}", fontsize="small")
-    figure.savefig(path)
+    figure.savefig(path, metadata=METADATA)
 
 
 def mutual_information(path, kl_per_dim, title):
@@ -88,4 +91,4 @@ def mutual_information(path, kl_per_dim, title):
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="latent dimension, sorted", ylabel="mean KL (nats)", title=title)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, metadata=METADATA)
