@@ -48,8 +48,8 @@ def cases():
     for seed in SEEDS:
         found[f"tiles_given_folders_none_s{seed}"] = {
             "set": TILES, "split": "given", "layout": "folders", "seed": seed, "flags": ["--group-by", "none"]}
-        found[f"tiles_given_folders_true_s{seed}"] = {
-            "set": TILES, "split": "given", "layout": "folders", "seed": seed, "flags": ["--group-by", "folder"]}
+    found["tiles_given_folders_true_s0"] = {
+        "set": TILES, "split": "given", "layout": "folders", "seed": 0, "flags": ["--group-by", "folder"]}
     found["tiles_given_folders_folds5_s0"] = {
         "set": TILES, "split": "given", "layout": "folders", "seed": 0, "flags": ["--folds", "5"]}
     for name in SINGLE:
@@ -234,7 +234,7 @@ def page(folder):
         f"`--fpr {RATE}`. The given split is the data set's; the random ones take other tiles. Flat: all pictures in "
         "one folder, renamed and shuffled, so that only likeness can tell which show one tile.", "",
         "![Realised against promised rate](promise/promise.png)", "",
-        *table(["calibrated", "things that calibrate", "printed range", "flagged, seeds 0 1 2", "warned",
+        *table(["calibrated", "things that calibrate", "printed range", "flagged, a seed each", "warned",
                 "AUROC defects"], tile_rows(found)), "",
         f"With the defaults alone, {inside} of {len(by_thing)} runs lie within the printed range, {above} above it. "
         "Warned: eval.py said that the new pictures lie farther from the training pictures than those that calibrate. "
