@@ -10,7 +10,7 @@ checkpoint); the second scores.csv with a p-value for each image and outliers.pn
 
 import argparse
 
-from vae_ood.cli import NAMED, Parser, add_evaluation_arguments, one_line_errors, rate
+from vae_ood.cli import NAMED, Parser, add_evaluation_arguments, one_line_errors, printable, rate
 
 
 def parse_args():
@@ -20,6 +20,8 @@ def parse_args():
     parser.add_argument("--out", metavar="DIR", help="where to write (default: beside the checkpoint)")
     group = parser.add_argument_group("own images")
     group.add_argument("--score", metavar="PATH", help="a folder of pictures, a .npy or a .npz to score")
+    group.add_argument("--data", metavar="PATH", help="where the model's own training images are now, if not where "
+                       "they were")
     group.add_argument("--fpr", type=rate, default=0.05, help="false-alarm rate at which to flag (default 0.05), on "
                        "average over the images that calibrate")
     group.add_argument("--confidence", type=rate, metavar="C", help="keep the false-alarm rate at most --fpr for "
@@ -37,6 +39,7 @@ import functools
 import json
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +51,7 @@ from vae_ood.cli import RANK, Progress, make_folder, pick_device
 from vae_ood.data import CORRUPTIONS, PAIRS, PRIOR, corrupt, generator, load
 from vae_ood.groups import group, parts, things_needed
 from vae_ood.likelihood import bits_per_dim, evaluate
-from vae_ood.likeness import Nearest, farther, near
+from vae_ood.likeness import Nearest, farther, near, set_digest
 from vae_ood.metrics import (
     confident_rank,
     conformal_p_values,
@@ -94,22 +97,39 @@ def limit_images(args, shape, alpha, kappa, device, images=TRAIN_IMAGES, samples
 def load_inliers(config, args, split=None):
     """The "train" and the "test" part of the data that the model is for, as many as are used: own images by the
     checkpoint's `split`. UserError where these are not what the model was trained on."""
-    def get(part):
-        return load(config["data"], part, args.data_root, None, config["sprite_factors"],
-                    config["skip_bad"] or args.skip_bad)
-    if config["data"] in NAMED:
-        sets = {part: get(part) for part in ("train", "test")}
+    data = config["data"]
+    if data in NAMED:
+        sets = {part: load(data, part, args.data_root, None, config["sprite_factors"]) for part in ("train", "test")}
+        sets["train"] = trained_on(config, sets["train"])
     else:
-        sets = parts(get("all"), split)
+        if not Path(data).exists():
+            raise UserError(f"the images that the model was trained on are not at {data} any more: say with --data "
+                            "where they are")
+        images = load(data, "all", skip_bad=config["skip_bad"] or args.skip_bad, levels=config.get("range"))
+        sets = parts(images, split)
         sets.pop("validation", None)
         if zlib.crc32(sets["train"].pixels.numpy()) != config.get("images_crc32"):
-            raise UserError(f"the images in {config['data']} are not those that the model was trained on (another "
-                            "checksum): give them back, or train anew")
+            raise UserError(f"the images in {data} are not those that the model was trained on (another checksum): "
+                            "give them back, or train anew")
     for part, images in sets.items():
         if list(images.pixels.shape[1:]) != config["shape"]:
-            raise UserError(f"the {part} images of {config['data']} are {list(images.pixels.shape[1:])}, the model is "
-                            f"for {config['shape']}: make them equal")
+            raise UserError(f"the {part} images of {data} are {list(images.pixels.shape[1:])}, the model is for "
+                            f"{config['shape']}: make them equal")
     return limited(sets, args)
+
+
+def trained_on(config, images):
+    """Of an official set's training images, those that the model was trained on: all, in any order, or the first files
+    where there were no others; else all, with a note."""
+    wanted = config.get("images_crc32")
+    if wanted in (None, zlib.crc32(images.pixels.numpy())) or config.get("images_digest") == set_digest(images.pixels):
+        return images
+    for n in range(10_000, len(images.pixels), 10_000):  # CIFAR-10's files
+        if zlib.crc32(images.pixels[:n].numpy()) == wanted:
+            part = images.first(n)
+            return replace(part, notes=[f"the first {n:,} of {len(images.pixels):,}, on which the model was trained"])
+    images.notes.append("not the images that the model was trained on (another checksum)")
+    return images
 
 
 def limited(sets, args):
@@ -123,7 +143,7 @@ def limited(sets, args):
 def load_others(config, data, args):
     """Images of `data`, a name or a path, converted to the shape of the inliers."""
     return load(data, "all", args.data_root, config["shape"], config["sprite_factors"],
-                config["skip_bad"] or args.skip_bad)
+                config["skip_bad"] or args.skip_bad, config.get("range"))
 
 
 def load_outliers(config, args, test):
@@ -155,6 +175,22 @@ def measure(model, config, images, args, label, first=0):
         return result
     return Features(model, images.pixels, functools.cache(likelihoods), images.groups,
                     (config["seed"], first) if config["dequantize"] else None)
+
+
+def finite(name, scores):
+    """The scores [N]; UserError unless all of them are finite."""
+    if bad := int((~np.isfinite(scores)).sum()):
+        raise UserError(f"the score {name} is not finite for {bad:,} of {len(scores):,} images: the model is of no use "
+                        "for them; train anew, with a smaller --lr, or leave these images out")
+    return scores
+
+
+def drawn(function, path, *arguments):
+    """Draw a figure; where that fails, say so in a line."""
+    try:
+        function(path, *arguments)
+    except Exception as error:  # whatever matplotlib raises: the results are written already
+        print(f"no {path.name}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def evaluate_outliers(model, config, sets, args, out):
@@ -192,7 +228,7 @@ def evaluate_outliers(model, config, sets, args, out):
     scores = {}
     for score in args.scores:
         scorer = SCORES[score](fitted)
-        scores[score] = {name: scorer(f) for name, f in features.items()}
+        scores[score] = {name: finite(score, scorer(f)) for name, f in features.items()}
         rows = metrics["scores"][score] = {
             name: detection(scores[score]["test"], scores[score][name]) for name in outliers}
         print(f"{score + ' (control)' * (SCORES[score] in CONTROLS):<27}" + "".join(
@@ -209,14 +245,14 @@ def evaluate_outliers(model, config, sets, args, out):
     checkpoint.write_csv(out / "scores.csv", ["set", "index", *args.scores],
               ([name, i, *row] for name in sets
                for i, row in enumerate(zip(*(scores[s][name].tolist() for s in args.scores), strict=True))))
+    checkpoint.write_atomic(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     if plots.available():
-        title = f"{Path(config['data']).name}, alpha = {config['alpha']:g}, kappa = {config['kappa']}"
+        title = printable(f"{Path(config['data']).name}, alpha = {config['alpha']:g}, kappa = {config['kappa']}")
         bpd = {name: bits_per_dim(likelihoods["nll"], d) for name, likelihoods in measured.items()}
-        plots.nll_histogram(out / "nll_histogram.png", bpd, title)
-        plots.mutual_information(out / "mutual_information.png", kl, title)
+        drawn(plots.nll_histogram, out / "nll_histogram.png", bpd, title)
+        drawn(plots.mutual_information, out / "mutual_information.png", kl, title)
     else:
         print("no figures: pip install matplotlib")
-    checkpoint.write_atomic(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())  # last: all is there
     print(f"written to {out}")
 
 
@@ -238,10 +274,10 @@ class Calibration:
         features = measure(model, config, own, args, "score", first=n + len(test.pixels))
         for name in args.scores:
             scorer = SCORES[name](fitted)
-            scores = scorer(features)
+            scores = finite(name, scorer(features))
             self.new[name] = self.new.get(name, 0) + scores
             if name == self.score:
-                self.folds.append((scorer(calibration), groups, scores))
+                self.folds.append((finite(name, scorer(calibration)), groups, scores))
         self.images += len(test.pixels)
         self.compare(train.pixels, test.pixels[:COMPARED], groups[:COMPARED], own.pixels)
 
@@ -295,6 +331,25 @@ def largest_rank(args, things, folds):
                     f"{more}")
 
 
+def folder_of_scores(out, args):
+    """The folder for the scores of --score, made: `out`, or where that holds the results of other images and --out does
+    not name it, the next with a number. UserError where --out does."""
+    source, number, folder = str(Path(args.score).resolve()), 1, out
+
+    def of_others():
+        record = folder / "score.json"
+        return (folder / "scores.csv").exists() and not (
+            record.exists() and json.loads(record.read_text()).get("score") == source)
+    while of_others():
+        if args.out:
+            raise UserError(f"{out} holds the results of other images: give another --out")
+        number += 1
+        folder = out.with_name(f"{out.name}-{number}")
+    make_folder(folder)
+    checkpoint.write_atomic(folder / "score.json", (json.dumps({"score": source}) + "\n").encode())
+    return folder
+
+
 def score_images(members, args, out):
     """Flag the outliers among the images of --score at the false-alarm rate --fpr, by conformal p-values of the first
     score. `members`: (model, config, split), one or a run's folds."""
@@ -306,7 +361,7 @@ def score_images(members, args, out):
     tests = [sets["test"] for sets in inliers]
     things = sum(len(np.unique(t.groups)) if t.groups is not None else len(t.pixels) for t in tests)
     rank = largest_rank(args, things, len(members))
-    from_first(lambda: make_folder(out))
+    out = Path(from_first(lambda: str(folder_of_scores(out, args))))
     for note in own.notes:
         print(f"{own.name}: {note}")
     if Path(args.score).resolve() == Path(config["data"]):
@@ -336,13 +391,13 @@ def report(calibration, own, rank, how, args, out):
         zip(names, *(values.tolist() for values in scores.values()), p.tolist(), flagged.astype(int).tolist(),
             calibration.likeness.tolist(), known.astype(int).tolist(), strict=True))
     if plots.available():
-        plots.outliers(out / "outliers.png", own.pixels.numpy(), p, score,
-                       f"{Path(own.name).name}: {args.scores[0]}, calibrated on {things:,} things")
+        drawn(plots.outliers, out / "outliers.png", own.pixels.numpy(), p, score,
+              printable(f"{Path(own.name).name}: {args.scores[0]}, calibrated on {things:,} things"))
     else:
         print("no figure: pip install matplotlib")
     print(f"\n{'image':<40}{args.scores[0]:>19}{'p-value':>10}")
     for i in np.lexsort((-score, p))[:10]:
-        print(f"{str(names[i])[-39:]:<40}{score[i]:>12.1f}{'':7}{p[i]:>10.4f}{'  outlier' if flagged[i] else ''}")
+        print(f"{printable(names[i])[-39:]:<40}{score[i]:>12.1f}{'':7}{p[i]:>10.4f}{'  outlier' if flagged[i] else ''}")
     if known.any():
         print(f"{known.sum():,} of {len(p):,} images show what training images show ({calibration.copies.sum():,} are "
               f"copies), {flagged[known].sum():,} of them flagged: the rate is that of new things")
@@ -373,6 +428,13 @@ def checkpoints(path):
     return [best if path.name == "ckpt.pt" and best.exists() else path]
 
 
+def moved(config, path):
+    """The path of --data; UserError where the model's data have a name."""
+    if config["data"] in NAMED:
+        raise UserError(f"--data: the model is for {config['data']}, whose files are in --data-root")
+    return str(Path(path).resolve())
+
+
 def main(args):
     args.scores = args.scores or (["default"] if args.score else None)
     check_scores(args)
@@ -380,6 +442,8 @@ def main(args):
     with workers(device, args.timeout):
         paths = [Path(path) for path in from_first(lambda: [str(path) for path in checkpoints(args.ckpt)])]
         members = [checkpoint.load_model(path, device) for path in paths]
+        if args.data:
+            members = [(model, config | {"data": moved(config, args.data)}, split) for model, config, split in members]
         model, config, split = members[0]
         for path in paths:
             if path.name == "best.pt":
@@ -403,6 +467,8 @@ def main(args):
             sets = load_inliers(config, args, split)
             sets |= load_outliers(config, args, sets["test"])
             agree(sets, [args.iw_samples, args.scores])
+            if (out / "score.json").exists():
+                raise UserError(f"{out} holds the scores of other images: give another --out")
             from_first(lambda: make_folder(out))
             evaluate_outliers(model, config, sets, args, out)
 

@@ -10,6 +10,7 @@ it stopped and ends in the same parameters, bit for bit. Under torchrun, its wor
 """
 
 import argparse
+import math
 
 from vae_ood.cli import (
     NAMED, Parser, add_evaluation_arguments, one_line_errors, positive_float, positive_int, rate)
@@ -29,6 +30,9 @@ def parse_args():
     group.add_argument("--sprite-factors", type=int, default=4, choices=range(2, 6), metavar="R",
                        help="intrinsic dimension of the sprites, 2 to 5 (default 4)")
     group.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be decoded")
+    group.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="what is black and what is white "
+                       "in own pictures and arrays of any kind (default: 0 and the most that the kind can hold, of "
+                       "floats 0 and 1)")
     group.add_argument("--dequantize", action="store_true", help="train and evaluate on (pixel + U[0, 1)) / 256")
     group = parser.add_argument_group("own pictures: which show one thing, and what is held out to calibrate")
     group.add_argument("--group-by", metavar="near|folder|REGEX|FILE.csv|none", help="pictures of one thing are those "
@@ -90,6 +94,8 @@ def parse_args():
         parser.error(f"{'--group-by' if args.group_by else '--folds'}: {args.data} has a test part of its own; this is "
                      "for own pictures")
     args.group_by = (args.group_by or "near") if own else None
+    if args.range and (not own or not -math.inf < args.range[0] < args.range[1] < math.inf):
+        parser.error("--range: give own pictures' LOW and HIGH, the smaller one first")
     if args.keep_at and max(args.keep_at) > args.iters:
         parser.error(f"--keep-at {max(args.keep_at)}: the last step is {args.iters}")
     if not 0 <= args.seed < 2**32:
@@ -103,7 +109,6 @@ if __name__ == "__main__":
 
 import functools
 import json
-import math
 import signal
 import time
 import zlib
@@ -122,6 +127,7 @@ from vae_ood import UserError, checkpoint, groups
 from vae_ood.cli import RANK, WORLD, Progress, duration, out_of_memory, pick_device
 from vae_ood.data import TRAINING, batch_indices, generator, load, to_unit
 from vae_ood.likelihood import bits_per_dim, evaluate
+from vae_ood.likeness import set_digest
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
 from vae_ood.parallel import agree, any_worker, from_first, part, total, workers
@@ -306,9 +312,10 @@ def train(args, images, out, device, split=None, validation=None):
     where the loss is not finite; the checkpoint is good then.
     """
     config = {name: getattr(args, name) for name in CONFIG} | {
-        "shape": list(images.shape[1:]), "images_crc32": zlib.crc32(images.numpy())}
+        "shape": list(images.shape[1:]), "images_crc32": zlib.crc32(images.numpy()),
+        "images_digest": set_digest(images)}
     if split:
-        config |= {"group_by": args.group_by, "folds": args.folds}
+        config |= {"group_by": args.group_by, "folds": args.folds, "range": args.range}
     run = Training(args, images, device)
     model, optimizer, n, d, b = run.model, run.optimizer, len(images), images[0].numel(), args.batch_size
     ckpt = out / "ckpt.pt"
@@ -469,7 +476,7 @@ def main(args):
             return
         if (out / "ckpt.pt").exists() if args.folds > 1 else any(out.glob("fold-*/ckpt.pt")):
             raise UserError(f"{out} already holds a run with{'out' * (args.folds > 1)} --folds: give another --out")
-        images = load(args.data, "all", args.data_root, None, args.sprite_factors, args.skip_bad)
+        images = load(args.data, "all", skip_bad=args.skip_bad, levels=args.range)
         names = groups.digests(images.pixels)
         labels = functools.cache(lambda: from_first(
             lambda: torch.from_numpy(groups.group(images, args.group_by))).numpy())

@@ -52,7 +52,7 @@ def write_csv(path, header, rows):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    write_atomic(path, text.getvalue().encode())
+    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))  # names of any bytes
 
 
 def save(path, model, optimizer, step, config, seconds=0.0, before=None, keep=1, split=None):
@@ -110,7 +110,9 @@ def resume(path, config, model, optimizer):
     if not state:
         return 0, 0.0, None
     for name, value in config.items():
-        if name == "images_crc32" and state["config"].get(name) != value:
+        if name == "images_digest" and name not in state["config"]:
+            continue  # a run from before there was one
+        if name in ("images_crc32", "images_digest") and state["config"].get(name) != value:
             raise UserError(f"the training images have changed since {path} was written: give another --out")
         if state["config"].get(name) != value:
             raise UserError(f"{path} was trained with {name} = {state['config'].get(name)}, not {value}: resume with "

@@ -37,10 +37,13 @@ def out_of_memory(error):
 
 @contextmanager
 def one_line_errors():
-    """Exit codes of a command: 2 a user's mistake, told in one line on stderr; 130 interrupted. Of several workers, the
-    first alone prints, and the first of each machine tells the mistakes."""
+    """Exit codes of a command: 2 a user's mistake, told in one line on stderr; 130 interrupted; 141 where nobody reads
+    what it prints any more. Of several workers, the first alone prints, and the first of each machine tells the
+    mistakes."""
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # names of any bytes on terminals of any encoding
     try:
         yield
     except UserError as error:
@@ -53,6 +56,9 @@ def one_line_errors():
         print("error: out of memory: choose a smaller --alpha, --kappa or --batch-size, or smaller images",
               file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be flushed
+        sys.exit(141)
     except OSError as error:  # a full disk, an unreadable file
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
@@ -97,6 +103,11 @@ def positive_float(text):
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
     return value
+
+
+def printable(name):
+    """A file's name, or another object, as text of one line."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(name))
 
 
 def rate(text):

@@ -24,6 +24,11 @@ def digests(pixels):
     return [hashlib.blake2b(p.numpy().tobytes(), digest_size=8).digest() for p in pixels]
 
 
+def set_digest(pixels):
+    """A number of uint8 images [N, C, H, W] in any order: the sum of their digests, modulo 2^63."""
+    return sum(int.from_bytes(digest, "big") for digest in digests(pixels)) % 2**63
+
+
 def likeness_vectors(pixels):
     """uint8 images [N, C, H, W] -> float32 [N, 2 SIDE^2] of length 1, whose inner product is a likeness in [-1, 1].
 

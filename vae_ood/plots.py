@@ -73,7 +73,8 @@ def outliers(path, images, p_values, scores, title):
         for axes, i in zip(part.subplots(2, 8).flat, [*chosen, *[None] * (16 - len(chosen))], strict=True):
             axes.axis("off")
             if i is not None:
-                axes.imshow(images[i].transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=255)
+                shown = images[i].transpose(1, 2, 0) if len(images[i]) == 3 else images[i][0]
+                axes.imshow(shown, cmap="gray", vmin=0, vmax=255)
                 axes.set_title(f"p = {p_values[i]:.4f}", fontsize="small")
     figure.savefig(path, metadata=METADATA)
 

@@ -27,6 +27,7 @@ from vae_ood import checkpoint
 from vae_ood.data import load
 
 TINY = ("run.py", "--alpha", 0.1, "--batch-size", 16, "--no-compile")
+OWN = (*TINY, "--recipe", "fast", "--no-eval", "--data")
 
 
 def rows(path):
@@ -376,7 +377,92 @@ def test_file_names_of_any_bytes(tiny_run, command, tmp_path):
     with open(os.fsencode(tmp_path / "mine") + b"/\xe9.png", "wb") as file:
         Image.fromarray(np.zeros((32, 32), np.uint8)).save(file, "PNG")
     command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path / "mine", "--out", tmp_path / "o")
-    assert rows(tmp_path / "o" / "scores.csv")[0]["file"] == "\N{REPLACEMENT CHARACTER}.png"
+    for name in ("a\nb.png", "a,\"b.png"):
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "mine" / name)
+    with open(os.fsencode(tmp_path / "mine") + b"/\xea.png", "wb") as file:
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(file, "PNG")
+    result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path / "mine", "--out", tmp_path / "o",
+                     env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    with open(tmp_path / "o" / "scores.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        names = [row["file"] for row in csv.DictReader(file)]
+    assert sorted(map(os.fsencode, names)) == [b"a\nb.png", b'a,"b.png', b"\xe9.png", b"\xea.png"]
+    assert sum(".png" in line for line in result.stdout.splitlines()) == 4  # one line each
+
+
+def test_nobody_reads_on(tiny_run, tmp_path):
+    script = (f"{sys.executable} run.py --iters 400 --no-eval --alpha 0.1 --no-compile --out {tmp_path / 'r'} "
+              "| head -n 1")
+    result = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.stdout.count("\n") == 1 and not result.stderr
+
+
+def test_results_of_one_input_replace_no_others(tiny_run, command, tmp_path):
+    out, _ = tiny_run
+    scored = ("eval.py", "--ckpt", out, "--iw-samples", 1, "--scores", "nll", "--max-images", 60, "--score")
+    for day, kind in (("mon", "sprites"), ("tue", "discs")):
+        (tmp_path / day).mkdir()
+        np.save(tmp_path / day / "new.npy", load(kind, "test").pixels[:20].numpy())
+        command(*scored, tmp_path / day / "new.npy")
+    command(*scored, tmp_path / "mon" / "new.npy")  # again: its own results may go
+    means = [np.mean([float(row["nll"]) for row in rows(out / name / "scores.csv")])
+             for name in ("score-new", "score-new-2")]
+    assert means[0] < means[1] and not (out / "score-new-3").exists()
+    for arguments in ((*scored, tmp_path / "tue" / "new.npy"), ("eval.py", "--ckpt", out)):
+        assert refused(command(*arguments, "--out", out / "score-new", check=False), "of other images")
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1, 3)])
+def test_images_of_any_size(command, tmp_path, shape):
+    images = np.random.default_rng(0).integers(0, 256, (90, *shape), np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    result = command(*TINY, "--data", tmp_path / "a.npy", "--recipe", "fast", "--iters", 2, "--group-by", "none",
+                     "--out", tmp_path / "r", "--iw-samples", 1, "--scores", "default", "nll")
+    assert (tmp_path / "r" / "metrics.json").exists() and "no nll_histogram" not in result.stdout
+    command("eval.py", "--ckpt", tmp_path / "r", "--score", tmp_path / "a.npy", "--out", tmp_path / "s")
+    assert Image.open(tmp_path / "s" / "outliers.png").size == (1200, 768)
+
+
+def test_moved_training_images_are_named_and_found(command, tmp_path):
+    np.save(tmp_path / "a.npy", load("sprites", "test").pixels[:80, 0, ::4, ::4].numpy())
+    command(*OWN, tmp_path / "a.npy", "--iters", 2, "--out", tmp_path / "r")
+    (tmp_path / "a.npy").rename(tmp_path / "b.npy")
+    scored = ("eval.py", "--ckpt", tmp_path / "r", "--score", tmp_path / "b.npy", "--scores", "nll", "--out",
+              tmp_path / "s")
+    assert refused(command(*scored, check=False), "not at", "any more", "--data")
+    command(*scored, "--data", tmp_path / "b.npy")
+
+
+def test_levels_are_kept(command, tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (90, 8, 8)).astype(np.uint16)
+    np.save(tmp_path / "a.npy", values)
+    arguments = (*OWN, tmp_path / "a.npy", "--iters", 2, "--out", tmp_path / "r")
+    assert refused(command(*arguments, check=False), "holds uint16 from 0 to 4095", "--range LOW HIGH")
+    assert refused(command(*arguments, "--range", 5, 5, check=False), "--range")
+    command(*arguments, "--range", 0, 4095)
+    command("eval.py", "--ckpt", tmp_path / "r", "--score", tmp_path / "a.npy", "--scores", "nll", "--out",
+            tmp_path / "s")
+    assert checkpoint.load(tmp_path / "r" / "ckpt.pt")["config"]["range"] == [0, 4095]
+
+
+def test_an_evaluation_beside_a_training(command, tmp_path):
+    arguments = [*map(str, TINY), "--iters", "1500", "--no-eval", "--checkpoint-seconds", "0.02", "--out",
+                 str(tmp_path / "r")]
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "r" / "ckpt.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    command("eval.py", "--ckpt", tmp_path / "r" / "ckpt.pt", "--scores", "nll", "--max-images", 50, "--iw-samples", 1)
+    assert process.wait(timeout=200) == 0 and (tmp_path / "r" / "metrics.json").exists()
+    assert not list((tmp_path / "r").glob("*.part"))
+
+
+def test_shipped_checkpoints_score(command, data_root, tmp_path):
+    """They were trained on CIFAR-10's first three files."""
+    np.save(tmp_path / "new.npy", load("svhn", "test", data_root).pixels[:50].numpy())
+    command("eval.py", "--ckpt", "results/runs/cifar10_a0.25_k32_fast_i10000_s0", "--score", tmp_path / "new.npy",
+                     "--max-images", 500, "--out", tmp_path / "s", "--data-root", data_root)
+    table = rows(tmp_path / "s" / "scores.csv")
+    assert len(table) == 50 and sum(int(row["outlier"]) for row in table) >= 40
 
 
 def test_nan_pixels(command, tmp_path):
@@ -404,9 +490,6 @@ def photographs(folder, things, first=0):
             image = Image.fromarray(photograph("burst", scene, rng).clip(0, 255).astype(np.uint8))
             image.resize((16, 16)).save(folder / f"x{number}" / f"{i}.png")
     return folder
-
-
-OWN = (*TINY, "--recipe", "fast", "--no-eval", "--data")
 
 
 @pytest.fixture(scope="module")
