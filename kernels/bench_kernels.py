@@ -33,6 +33,20 @@ SIZES = {  # the sizes of the commands: (B, K, d), where d is kappa for reparame
                (64, 4096, 784), (16384, 16, 3072)],
 }
 LARGEST = math.inf if CUDA else 2e7  # elements
+QUICK = {  # three an op, in float32: pytest kernels/bench_kernels.py -k quick
+    "reparameterize": [(64, 1, 32), (4096, 1, 32), (262144, 1, 32)],
+    "gaussian_log_likelihood": [(64, 1, 3072), (1024, 1, 3072), (16384, 1, 3072)],
+    "iw_nll": [(256, 16, 784), (256, 16, 3072), (2048, 16, 3072)]}
+
+
+def cases():
+    """The benchmarked (op, B, K, d, dtype)."""
+    for op, sizes in SIZES.items():
+        for size in sizes:
+            for dtype in (torch.float32, torch.bfloat16) if CUDA else (torch.float32,):
+                if math.prod(size) <= LARGEST:
+                    quick = "quick-" * (dtype == torch.float32 and size in QUICK[op])
+                    yield pytest.param(op, *size, dtype, id=f"{quick}{op}-{size}-{dtype}")
 
 
 def traffic(op, direction, b, k, d, itemsize):
@@ -133,9 +147,7 @@ def show(rows, path):
               f"{row['peak_bytes'] / 2**20:>9.1f}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if CUDA else [torch.float32], ids=str)
-@pytest.mark.parametrize(("op", "b", "k", "d"), [(op, *size) for op, sizes in SIZES.items() for size in sizes
-                                                 if math.prod(size) <= LARGEST])
+@pytest.mark.parametrize(("op", "b", "k", "d", "dtype"), list(cases()))
 def test_speed(op, b, k, d, dtype, table, monkeypatch):
     """Time, bandwidth and peak memory of one op and size on every path; on a GPU, Triton's against the targets."""
     shares, peaks = {}, {}
