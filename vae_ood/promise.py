@@ -115,7 +115,7 @@ def measure(case, root):
         place = Path(place)
         (tiles if case["set"] == TILES else singles)(root, case, place)
         suffix = "" if case["set"] == TILES else ".npy"
-        iters = 4000 if case["set"] == TILES else 1500
+        iters = 2000 if case["set"] == TILES else 1000
         flags = [*TRAINING, "--iters", str(iters), "--seed", str(case["seed"]), *case["flags"]]
         started = time.perf_counter()
         printed = python("run.py", "--data", place / f"train{suffix}", *flags, "--out", place / "run")
@@ -243,7 +243,7 @@ def page(folder):
         "Flat, the pictures fall into the same parts as in folders: " + ", ".join(
             f"{'yes' if value else 'NO'} ({split} split)" for split, value in same.items()) + ". Where they do, "
         "the runs are the same, so one alone was made; the order of the files tells a little too.", "",
-        f"One of these runs said: “{one['found']}”. Its weights are those of step {one['best_step']:,} of 4,000.", "",
+        f"One of these runs said: “{one['found']}”. Its weights are those of step {one['best_step']:,} of 2,000.", "",
         "## Pictures that do not repeat", "",
         "3,000 pictures train and calibrate, 3,000 others are scored.", "",
         *table(["set", "groups", "things that calibrate", "printed range", "flagged"], [
