@@ -35,7 +35,6 @@ if __name__ == "__main__":
     with one_line_errors():
         ARGS = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
 
-import functools
 import json
 import math
 import zlib
@@ -47,27 +46,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError, checkpoint, plots
-from vae_ood.cli import RANK, Progress, make_folder, pick_device
+from vae_ood.cli import RANK, make_folder, pick_device
 from vae_ood.data import CORRUPTIONS, PAIRS, PRIOR, corrupt, generator, load
-from vae_ood.groups import group, parts, things_needed
-from vae_ood.likelihood import bits_per_dim, evaluate
-from vae_ood.likeness import Nearest, farther, near, set_digest
-from vae_ood.metrics import (
-    confident_rank,
-    conformal_p_values,
-    cross_bound,
-    detection,
-    false_alarm_range,
-    latent_spectrum,
-    mmd,
-)
+from vae_ood.detector import TRAIN_IMAGES, Calibration, finite, largest_rank, measure
+from vae_ood.groups import parts
+from vae_ood.likelihood import bits_per_dim
+from vae_ood.likeness import set_digest
+from vae_ood.metrics import cross_bound, detection, false_alarm_range, latent_spectrum, mmd
 from vae_ood.model import VAE
 from vae_ood.parallel import agree, from_first, workers
-from vae_ood.scores import CONTROLS, DECODED_OFTEN, SCORES, Features
+from vae_ood.scores import CONTROLS, DECODED_OFTEN, SCORES
 
-TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
-FIT_IMAGES = 30_000  # and scores are fitted to so many
-COMPARED = 2_000  # images that calibrate, and new ones, by how near they lie to the training images
+FIT_IMAGES = 30_000  # of the training set: scores are fitted to so many, where --max-images does not say
 MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of the prior
 CPU_FLOPS = 1e13  # the most that decoding a set may take on a CPU (some two minutes on two cores)
 
@@ -163,28 +153,6 @@ def load_outliers(config, args, test):
     return sets
 
 
-def measure(model, config, images, args, label, first=0):
-    """The `Features` of `images`, whose likelihoods, of training images for the first ones alone where --max-images
-    does not say, show their progress when they are asked for; `first` is the number of the first image's noise."""
-    evaluated = (images.first(args.max_images or TRAIN_IMAGES) if label == "train" else images).pixels
-
-    def likelihoods():
-        bar = Progress(len(evaluated), label=label)
-        result = evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first, bar.update)
-        bar.close()
-        return result
-    return Features(model, images.pixels, functools.cache(likelihoods), images.groups,
-                    (config["seed"], first) if config["dequantize"] else None)
-
-
-def finite(name, scores):
-    """The scores [N]; UserError unless all of them are finite."""
-    if bad := int((~np.isfinite(scores)).sum()):
-        raise UserError(f"the score {name} is not finite for {bad:,} of {len(scores):,} images: the model is of no use "
-                        "for them; train anew, with a smaller --lr, or leave these images out")
-    return scores
-
-
 def drawn(function, path, *arguments):
     """Draw a figure; where that fails, say so in a line."""
     try:
@@ -256,81 +224,6 @@ def evaluate_outliers(model, config, sets, args, out):
     print(f"written to {out}")
 
 
-class Calibration:
-    """The scores of inliers that no model has seen and of new images, by one model or by each of some folds."""
-
-    def __init__(self, score):
-        self.score, self.images, self.folds, self.new = score, 0, [], {}
-        self.near, self.copies, self.siblings = [], False, False
-
-    def add(self, model, config, inliers, own, args):
-        """Fit the scores to a model's training images, and score its calibration images and the new ones, each with
-        noise of its own."""
-        train, test = inliers["train"], inliers["test"]
-        groups = np.arange(len(test.pixels)) if test.groups is None else test.groups
-        n = len(train.pixels)
-        fitted = measure(model, config, train, args, "train")
-        calibration = measure(model, config, test, args, "calibration", first=n)
-        features = measure(model, config, own, args, "score", first=n + len(test.pixels))
-        for name in args.scores:
-            scorer = SCORES[name](fitted)
-            scores = finite(name, scorer(features))
-            self.new[name] = self.new.get(name, 0) + scores
-            if name == self.score:
-                self.folds.append((finite(name, scorer(calibration)), groups, scores))
-        self.images += len(test.pixels)
-        self.compare(train.pixels, test.pixels[:COMPARED], groups[:COMPARED], own.pixels)
-
-    def compare(self, train, test, groups, own):
-        """How near the calibration images and the new ones lie to the training images."""
-        nearest = Nearest(train)
-        distance, copies, siblings = nearest.known(own)
-        self.near.append((nearest.distance(test)[0], groups, distance))
-        self.copies, self.siblings = self.copies | copies, self.siblings | siblings
-
-    @property
-    def things(self):
-        """How many things calibrate."""
-        return sum(len(np.unique(groups)) for _, groups, _ in self.folds)
-
-    @property
-    def likeness(self):
-        """Of each new image to the nearest training image [N], the mean over the folds."""
-        return 1 - sum(distance for _, _, distance in self.near) / len(self.near)
-
-    def farther(self, own, how):
-        """The p-value of the test that new `Images` lie farther from the training images than those that calibrate, one
-        image of each thing; of the new ones, things by `how`, or by likeness where that does not fit them."""
-        chosen = np.random.default_rng(0).permutation(len(own.pixels))[:COMPARED]
-        some = own.take(chosen)
-        try:
-            groups = group(some, "near" if how in (None, "none") or how.lower().endswith(".csv") else how)
-        except UserError:
-            groups = near(some.pixels)
-        known = np.concatenate([distance for distance, _, _ in self.near])
-        folds = np.concatenate([numbers.astype(np.int64) + i * 2**32 for i, (_, numbers, _) in enumerate(self.near)])
-        return farther(1 - self.likeness[chosen], groups, known, folds)
-
-
-def largest_rank(args, things, folds):
-    """k, so that the false-alarm rate that is asked for is kept where p <= k / (things + 1); UserError where there is
-    none."""
-    more = "a larger --max-images" if args.max_images else "a run with a smaller --fpr" + (
-        "" if folds > 1 else ", or one with --folds, by which all things calibrate")
-    if args.confidence is None:
-        if k := int(args.fpr * (things + 1) + 1e-9):
-            return k
-        raise UserError(f"--fpr {args.fpr:g} needs {things_needed(args.fpr):,} things to calibrate with, and there are "
-                        f"{things:,}: give --fpr {math.ceil(1e4 / (things + 1)) / 1e4:g} or more, or {more}")
-    if k := confident_rank(things, args.fpr, args.confidence):
-        return k
-    possible = 1 - (1 - args.confidence) ** (1 / things)
-    needed = math.ceil(math.log(1 - args.confidence) / math.log1p(-args.fpr))
-    raise UserError(f"--fpr {args.fpr:g} with confidence {args.confidence:g} needs {needed:,} things to calibrate "
-                    f"with, and there are {things:,}: give --fpr {math.ceil(1e4 * possible) / 1e4:g} or more, or "
-                    f"{more}")
-
-
 def folder_of_scores(out, args):
     """The folder for the scores of --score, made: `out`, or where that holds the results of other images and --out does
     not name it, the next with a number. UserError where --out does."""
@@ -379,7 +272,7 @@ def score_images(members, args, out):
 
 def report(calibration, own, rank, how, args, out):
     """Write scores.csv and outliers.png, and print the most outlying images and what the flags are worth."""
-    p, things, folds, known = (conformal_p_values(*calibration.folds), calibration.things, len(calibration.folds),
+    p, things, folds, known = (calibration.p_values(), calibration.things, len(calibration.folds),
                                calibration.siblings)
     limit = args.fpr if args.confidence is None else rank / (things + 1)
     flagged = p <= limit + 1e-9
@@ -415,35 +308,18 @@ def report(calibration, own, rank, how, args, out):
               f"{cross_bound(limit, folds, things):.1%} (arXiv 1905.02928)")
 
 
-def checkpoints(path):
-    """The checkpoints that --ckpt names: those of a run's folder or of its folds, best.pt where there is one in place
-    of ckpt.pt, which is for going on. Raises UserError."""
-    path = Path(path)
-    if path.is_dir():
-        folds = sorted(path.glob("fold-*"), key=lambda fold: (len(fold.name), fold.name))
-        if folds:
-            return [found for fold in folds for found in checkpoints(fold / "ckpt.pt")]
-        path /= "ckpt.pt"
-    best = path.with_name("best.pt")
-    return [best if path.name == "ckpt.pt" and best.exists() else path]
-
-
-def moved(config, path):
-    """The path of --data; UserError where the model's data have a name."""
-    if config["data"] in NAMED:
-        raise UserError(f"--data: the model is for {config['data']}, whose files are in --data-root")
-    return str(Path(path).resolve())
-
-
 def main(args):
     args.scores = args.scores or (["default"] if args.score else None)
     check_scores(args)
     device = pick_device(args.device)
     with workers(device, args.timeout):
-        paths = [Path(path) for path in from_first(lambda: [str(path) for path in checkpoints(args.ckpt)])]
+        paths = [Path(path) for path in from_first(lambda: [str(path) for path in checkpoint.to_evaluate(args.ckpt)])]
         members = [checkpoint.load_model(path, device) for path in paths]
         if args.data:
-            members = [(model, config | {"data": moved(config, args.data)}, split) for model, config, split in members]
+            if members[0][1]["data"] in NAMED:
+                raise UserError(f"--data: the model is for {members[0][1]['data']}, whose files are in --data-root")
+            data = str(Path(args.data).resolve())
+            members = [(model, config | {"data": data}, split) for model, config, split in members]
         model, config, split = members[0]
         for path in paths:
             if path.name == "best.pt":

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import kernels
-import run
 from kernels import bench_kernels, use_triton
 from kernels.gaussian_log_likelihood import gaussian_log_likelihood
 from kernels.iw_nll import iw_nll
 from kernels.reparameterize import reparameterize
 from tests.compare import DEVICE, triton  # noqa: F401
 from tests.conftest import ROOT
+from vae_ood import training
 from vae_ood.likelihood import evaluate
 from vae_ood.model import VAE
 
@@ -115,7 +115,7 @@ def test_training_step_is_the_same_on_both_paths(monkeypatch, gamma, amp):
     def step(forced):
         monkeypatch.setattr(kernels, "OVERRIDE", forced)
         probe = torch.zeros_like(eps, requires_grad=True)
-        kl, log_likelihood, squared_error = run.Objective(model)(x, eps, probe, amp)
+        kl, log_likelihood, squared_error = training.Objective(model)(x, eps, probe, amp)
         loss = kl.sum() + (squared_error if gamma == "profiled" else -log_likelihood).sum()
         return kl, log_likelihood, squared_error, *torch.autograd.grad(loss, [*parameters, probe])
 
@@ -131,7 +131,7 @@ def test_inductor_compiles_a_training_step_around_the_kernels():
     torch.manual_seed(0)
     model, eps = VAE((3, 8, 8), 0.1, 5, 0.1, learn_gamma=True).to(DEVICE), torch.randn(6, 5, device=DEVICE)
     arguments = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, device=DEVICE), eps, torch.zeros_like(eps), False
-    losses, gradients, objective = [], [], run.Objective(model)
+    losses, gradients, objective = [], [], training.Objective(model)
     for terms in (objective, torch.compile(objective, fullgraph=True)):
         kl, log_likelihood, _ = terms(*arguments)
         losses.append((kl.sum(1) - log_likelihood).mean())
@@ -153,9 +153,10 @@ def test_evaluation_is_the_same_on_both_paths(monkeypatch, dequantize):
 
 
 def test_everything_runs_without_triton():
-    code = ("import sys; sys.modules['triton'] = None; import torch, kernels, run; from vae_ood.model import VAE\n"
+    code = ("import sys; sys.modules['triton'] = None; import torch, kernels; from vae_ood import training\n"
+            "from vae_ood.model import VAE\n"
             "model, eps = VAE((1, 8, 8), 0.1, 2), torch.zeros(3, 2, requires_grad=True)\n"
             "x = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)\n"
-            "run.Objective(model)(x, eps, eps, False)[1].sum().backward()")
+            "training.Objective(model)(x, eps, eps, False)[1].sum().backward()")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
-from vae_ood import groups
+from vae_ood import detector, groups
 from vae_ood.data import Images
 from vae_ood.likelihood import evaluate
 from vae_ood.likeness import digests
 from vae_ood.metrics import confident_rank, conformal_p_values
 from vae_ood.model import VAE
+from vae_ood.scores import SCORES
 
 DRAWS = 1000
 
@@ -122,7 +122,7 @@ def test_a_score_that_memorises_shows_a_leak(mutant):
     assert not never_above(0.05, share, error) and share > 0.5
 
 
-# ---- eval.py's own calibration
+# ---- the detector's own calibration
 
 CONFIG = {"data": "x", "dequantize": False, "kappa": 2}
 ARGS = SimpleNamespace(scores=["nll"], iw_samples=1, max_images=None)
@@ -138,11 +138,11 @@ def model():
 def flagged_by_noise_alone(seed):
     """The share of p-values up to 0.05 where all images are the same one, so that only their noise differs."""
     pixels = torch.full((CALIBRATION, 1, 8, 8), 99, dtype=torch.uint8)
-    calibration = evaluation.Calibration("nll")
+    calibration = detector.Calibration("nll")
     calibration.compare = lambda *_: None
     inliers = {"train": Images("train", pixels), "test": Images("test", pixels)}
     calibration.add(model(), CONFIG | {"seed": seed}, inliers, Images("new", pixels[:NEW]), ARGS)
-    return (conformal_p_values(*calibration.folds) <= 0.05).mean()
+    return (calibration.p_values() <= 0.05).mean()
 
 
 def test_images_have_noise_of_their_own():
@@ -151,7 +151,7 @@ def test_images_have_noise_of_their_own():
 
 
 def test_noise_that_restarts_is_noticed(monkeypatch):
-    monkeypatch.setattr(evaluation, "evaluate", lambda model, images, k, seed, dequantize, first, progress: evaluate(
+    monkeypatch.setattr(detector, "evaluate", lambda model, images, k, seed, dequantize, first, progress: evaluate(
         model, images, k, seed, dequantize, 0))
     shares = [flagged_by_noise_alone(seed) for seed in range(20)]
     assert abs(np.mean(shares) - 0.05) > 2 * np.std(shares) / math.sqrt(20)
@@ -160,12 +160,12 @@ def test_noise_that_restarts_is_noticed(monkeypatch):
 def test_dequantised_images_are_scored_dequantised_each_with_its_own_noise():
     pixels = torch.full((600, 1, 8, 8), 99, dtype=torch.uint8)
     config = CONFIG | {"dequantize": True, "seed": 3}
-    parts = [evaluation.measure(model(), config, Images("x", pixels), ARGS, "x", first)["mu"]
+    parts = [detector.measure(model(), config, Images("x", pixels), ARGS, "x", first)["mu"]
              for first in (0, 300, 600)]
     np.testing.assert_allclose(parts[0][300:], parts[1][:300], atol=1e-6)  # of the same number
     whole = np.concatenate([parts[0], parts[2]])
     assert len(np.unique(whole.round(9), axis=0)) == 1200
-    plain = evaluation.measure(model(), CONFIG | {"seed": 3}, Images("x", pixels), ARGS, "x")["mu"]
+    plain = detector.measure(model(), CONFIG | {"seed": 3}, Images("x", pixels), ARGS, "x")["mu"]
     assert len(np.unique(plain, axis=0)) == 1
 
 
@@ -175,17 +175,17 @@ def test_folds_calibrate_on_every_thing():
     pixels = torch.from_numpy(rng.integers(0, 256, (12, 1, 8, 8), np.uint8))
     label = np.array([0, 0, 1, 1, 2, 2])
     new = Images("new", torch.from_numpy(rng.integers(0, 256, (5, 1, 8, 8), np.uint8)))
-    calibration, shares, first = evaluation.Calibration("pixel_moments"), 0, None
+    calibration, shares, first = detector.Calibration("pixel_moments"), 0, None
     args = SimpleNamespace(scores=["pixel_moments"], iw_samples=1, max_images=None)
     for fold in (0, 1):
         train = Images("train", pixels[6 * (1 - fold):6 * (2 - fold)], groups=label)
         test = Images("test", pixels[6 * fold:6 * fold + 6], groups=label)
         calibration.add(model(), CONFIG | {"seed": 0}, {"train": train, "test": test}, new, args)
-        features = [evaluation.measure(model(), CONFIG | {"seed": 0}, x, args, "x") for x in (train, test, new)]
-        scorer = evaluation.SCORES["pixel_moments"](features[0])
+        features = [detector.measure(model(), CONFIG | {"seed": 0}, x, args, "x") for x in (train, test, new)]
+        scorer = SCORES["pixel_moments"](features[0])
         held_out, scores = scorer(features[1]), scorer(features[2])
         first = scores if first is None else first
         shares = shares + sum((held_out[label == g] >= scores[:, None]).mean(1) for g in range(3))
-    np.testing.assert_allclose(conformal_p_values(*calibration.folds), (1 + shares) / 7)
+    np.testing.assert_allclose(calibration.p_values(), (1 + shares) / 7)
     assert calibration.things == 6 and calibration.images == 12
     np.testing.assert_allclose(calibration.new["pixel_moments"] - first, scores)

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import eval as evaluation
-import run
-from vae_ood import UserError, checkpoint
+from vae_ood import UserError, checkpoint, detector, training
 from vae_ood.bench import plain_loss
-from vae_ood.data import to_unit
+from vae_ood.data import batch_indices, to_unit
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES
 
@@ -21,41 +20,41 @@ SHAPE = (1, 8, 8)
 
 def test_batches_are_shuffled_epochs_that_depend_on_seed_and_step_alone():
     n, size = 10, 4
-    steps = [run.batch_indices(5, t, size, n) for t in range(10)]
+    steps = [batch_indices(5, t, size, n) for t in range(10)]
     sequence = np.concatenate(steps)
     for epoch in range(4):
         assert sorted(sequence[n * epoch:n * epoch + n]) == list(range(n))
     assert not np.array_equal(sequence[:n], sequence[n:2 * n])
     for t in (7, 2, 0):  # in any order
-        np.testing.assert_array_equal(run.batch_indices(5, t, size, n), steps[t])
-    assert not np.array_equal(run.batch_indices(6, 0, size, n), steps[0])
-    assert run.batch_indices(5, 0, size, 3).max() == 2  # of another data set
-    assert len(run.batch_indices(0, 3, 25, n)) == 25  # a batch larger than the data
+        np.testing.assert_array_equal(batch_indices(5, t, size, n), steps[t])
+    assert not np.array_equal(batch_indices(6, 0, size, n), steps[0])
+    assert batch_indices(5, 0, size, 3).max() == 2  # of another data set
+    assert len(batch_indices(0, 3, 25, n)) == 25  # a batch larger than the data
 
 
 def test_schedules():
     args = SimpleNamespace(schedule="cosine", lr=0.1, iters=1000)
-    rates = [run.learning_rate(t, args) for t in range(1000)]
+    rates = [training.learning_rate(t, args) for t in range(1000)]
     assert rates[0] == pytest.approx(0.1 / 20) and max(rates) > 0.099 and 0 < rates[-1] < 1e-5
     assert np.argmax(rates) in (19, 20) and all(np.diff(rates[20:]) < 0)
-    assert run.learning_rate(0, SimpleNamespace(schedule="constant", lr=0.1)) == 0.1
+    assert training.learning_rate(0, SimpleNamespace(schedule="constant", lr=0.1)) == 0.1
     for iters, length in ((9000, 2000), (3000, 2000), (300, 200)):
-        floors = [run.gamma_floor(t, SimpleNamespace(gamma="homotopy", iters=iters)) for t in range(iters)]
+        floors = [training.gamma_floor(t, SimpleNamespace(gamma="homotopy", iters=iters)) for t in range(iters)]
         bend = length * 5 // 14
         fast, slow = np.diff(np.log(floors[:bend])), np.diff(np.log(floors[bend + 1:length + 1]))
         assert floors[0] == 1
         np.testing.assert_allclose(fast, -14 / length)
         np.testing.assert_allclose(slow, -2 / (length * 9 / 14))
         np.testing.assert_allclose(floors[length:], math.exp(-7))
-    assert run.gamma_floor(3, SimpleNamespace(gamma="optimal", iters=10)) == run.MIN_GAMMA
+    assert training.gamma_floor(3, SimpleNamespace(gamma="optimal", iters=10)) == training.MIN_GAMMA
 
 
-def training(**changes):
+def tiny(**changes):
     """A `Training` on six random images, all of them in each step."""
     args = {"alpha": 0.1, "kappa": 3, "gamma": "optimal", "schedule": "constant", "iters": 100, "batch_size": 6,
             "lr": 1e-3, "seed": 0, "amp": False, "dequantize": False, "compile": False} | changes
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, *SHAPE), np.uint8))
-    return run.Training(SimpleNamespace(**args), images, torch.device("cpu"))
+    return training.Training(SimpleNamespace(**args), images, torch.device("cpu"))
 
 
 def plain_terms(one, step):
@@ -68,7 +67,7 @@ def plain_terms(one, step):
 
 
 def test_optimal_gamma_has_the_value_and_gradient_of_the_profiled_loss():
-    one = training()
+    one = tiny()
     loss, mse, gamma, kl, _ = one.backward(0)
     error, divergence, _ = plain_terms(one, 0)
     profiled = 0.5 * math.prod(SHAPE) * torch.log(2 * math.pi * math.e * error.mean()) + divergence.sum(1).mean()
@@ -79,12 +78,12 @@ def test_optimal_gamma_has_the_value_and_gradient_of_the_profiled_loss():
 
 
 def test_floor_bounds_gamma_from_below():
-    _, mse, gamma, _, _ = training(gamma="homotopy").backward(0)
+    _, mse, gamma, _, _ = tiny(gamma="homotopy").backward(0)
     assert gamma.item() == 1 and mse < 1
 
 
 def test_learned_gamma_has_its_minimum_at_the_mse():
-    one = training(gamma="learn")
+    one = tiny(gamma="learn")
     mse = one.backward(0)[1]
     with torch.no_grad():
         one.model.log_gamma.copy_(mse.log())
@@ -95,7 +94,7 @@ def test_learned_gamma_has_its_minimum_at_the_mse():
 
 
 def test_the_logged_gradient_at_z_is_that_of_each_image_s_own_loss():
-    one = training(gamma=0.05)
+    one = tiny(gamma=0.05)
     ours = one.backward(0)[4]
     error, _, z = plain_terms(one, 0)
     gradient, = torch.autograd.grad(error.sum() / (2 * 0.05), z)
@@ -105,7 +104,7 @@ def test_the_logged_gradient_at_z_is_that_of_each_image_s_own_loss():
 @pytest.mark.parametrize("gamma", ["learn", "homotopy", 0.05])
 def test_twenty_steps_are_those_of_the_plain_formulation(gamma):
     """Channels-last memory, the sub-pixel layer, in-place activations and the fused optimiser change no result."""
-    one, plain = training(gamma=gamma), training(gamma=gamma)
+    one, plain = tiny(gamma=gamma), tiny(gamma=gamma)
     optimizer = torch.optim.Adam(plain.trained, lr=1e-3, foreach=False)
     plain.model.to(memory_format=torch.contiguous_format)
     for step in range(20):
@@ -114,7 +113,7 @@ def test_twenty_steps_are_those_of_the_plain_formulation(gamma):
         if gamma == "homotopy":
             with torch.no_grad():
                 error = plain_terms(plain, step)[0].mean()
-                plain.model.log_gamma.copy_(error.clamp(min=run.gamma_floor(step, plain.args)).log())
+                plain.model.log_gamma.copy_(error.clamp(min=training.gamma_floor(step, plain.args)).log())
         optimizer.zero_grad()
         plain_loss(plain.model, to_unit(x), eps).backward()
         optimizer.step()
@@ -127,9 +126,9 @@ def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, 
                            gamma="optimal", schedule="constant", iters=200, batch_size=4, lr=1e-3, seed=0, amp=False,
                            compile=False, checkpoint_seconds=0, keep=1, keep_at=[], recipe="fast")
     images = torch.randint(256, (20, *SHAPE), dtype=torch.uint8)
-    monkeypatch.setattr(run, "learning_rate", lambda step, args: 1e-3 if step < 60 else math.inf)
+    monkeypatch.setattr(training, "learning_rate", lambda step, args: 1e-3 if step < 60 else math.inf)
     with pytest.raises(UserError, match=r"training diverged: .* at step 61; .*ckpt\.pt keeps the last good state"):
-        run.train(args, images, tmp_path, torch.device("cpu"))
+        training.train(args, images, tmp_path, torch.device("cpu"))
     state = checkpoint.load(tmp_path / "ckpt.pt")
     assert state["step"] == 60 and all(p.isfinite().all() for p in state["model"].values())
 
@@ -149,7 +148,8 @@ def test_a_large_model_is_evaluated_on_fewer_images_on_a_cpu(alpha, device, limi
 
 @pytest.mark.parametrize(("limit", "evaluated", "fitted"), [(None, 20, 30), (9, 9, 9)])
 def test_scores_are_fitted_to_more_training_images_than_are_evaluated(tmp_path, monkeypatch, limit, evaluated, fitted):
-    monkeypatch.setattr(evaluation, "TRAIN_IMAGES", 20)
+    for module in (evaluation, detector):
+        monkeypatch.setattr(module, "TRAIN_IMAGES", 20)
     monkeypatch.setattr(evaluation, "FIT_IMAGES", 30)
     seen = []
     monkeypatch.setitem(evaluation.SCORES, "typicality", lambda train: seen.append(train["mu"]) or SCORES["nll"](train))

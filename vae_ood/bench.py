@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import run
 from vae_ood import UserError
 from vae_ood.cli import Parser, one_line_errors, pick_device, positive_float, positive_int
 from vae_ood.likelihood import evaluate
 from vae_ood.model import VAE
 from vae_ood.reproduce import SHAPES
+from vae_ood.training import CONFIG, train
 
 DATA = "fashionmnist", "cifar10"
 KAPPA, BATCH, IW_SAMPLES = 32, 64, 16
@@ -91,7 +91,7 @@ def matrix_product(device, shape, alpha):
 def training(device, shape, alpha):
     """Seconds a step of run.py's own loop, logging included."""
     pixels = images(2048, shape)
-    args = SimpleNamespace(**dict.fromkeys(run.CONFIG), keep=1, recipe="fast", compile=None,
+    args = SimpleNamespace(**dict.fromkeys(CONFIG), keep=1, recipe="fast", compile=None,
                            checkpoint_seconds=math.inf, keep_at=[])
     vars(args).update(alpha=alpha, kappa=KAPPA, gamma="learn", schedule="constant", batch_size=BATCH, lr=1e-4, seed=0,
                       amp=False)
@@ -99,7 +99,7 @@ def training(device, shape, alpha):
     def measure(steps):
         args.iters = steps
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            run.train(args, pixels, Path(folder), device)
+            train(args, pixels, Path(folder), device)
             lines = Path(folder, "log.jsonl").read_text().splitlines()
         return json.loads(lines[-1])["seconds"] / steps
     return measure

@@ -238,6 +238,19 @@ def folder_of_run(out, resume):
         yield
 
 
+def to_evaluate(path):
+    """The checkpoints that --ckpt names: those of a run's folder or of its folds, best.pt where there is one in place
+    of ckpt.pt, which is for going on. Raises UserError."""
+    path = Path(path)
+    if path.is_dir():
+        folds = sorted(path.glob("fold-*"), key=lambda fold: (len(fold.name), fold.name))
+        if folds:
+            return [found for fold in folds for found in to_evaluate(fold / "ckpt.pt")]
+        path /= "ckpt.pt"
+    best = path.with_name("best.pt")
+    return [best if path.name == "ckpt.pt" and best.exists() else path]
+
+
 def open_log(path, step):
     """log.jsonl open for appending, without the lines after `step` and without a half-written last one."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []

@@ -1,0 +1,322 @@
+"""The training of one VAE, from top to bottom: the schedules, a step, the weights that win on validation images, and
+the loop, which resumes, checkpoints and stops."""
+
+import json
+import math
+import signal
+import time
+import zlib
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kernels.gaussian_log_likelihood import gaussian_log_likelihood, log_normal
+from kernels.reparameterize import reparameterize
+from vae_ood import UserError, checkpoint
+from vae_ood.cli import RANK, WORLD, Progress, duration, out_of_memory
+from vae_ood.data import TRAINING, batch_indices, generator, to_unit
+from vae_ood.likelihood import bits_per_dim, evaluate
+from vae_ood.likeness import set_digest
+from vae_ood.metrics import ACTIVE_NATS
+from vae_ood.model import VAE
+from vae_ood.parallel import any_worker, from_first, part, total
+
+CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", "gamma", "schedule", "iters",
+          "batch_size", "lr", "seed", "amp")  # what determines the result; a resumed run must agree in all of it
+LOG_EVERY = 50  # steps
+VALIDATED = 1_000  # images, a hundred times in a run: some twentieth of its time
+GAMMA_IMAGES = 10_000  # training images whose MSE is the gamma of a finished `optimal` or `homotopy` run
+MIN_GAMMA = 1e-10  # images that are reconstructed exactly have no finite log-likelihood
+HOMOTOPY = (0, 5000 / 7, 2000), (0, -5, -7)  # steps, log of the floor: slower where weak factors of the data join in
+
+
+def learning_rate(step, args):
+    """Constant; or a linear warm-up over 2% of the steps, then a cosine to 0."""
+    if args.schedule == "constant":
+        return args.lr
+    warm_up = max(1, args.iters // 50)
+    return args.lr * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / args.iters))
+
+
+def gamma_floor(step, args):
+    """Homotopy: gamma = max(MSE of the batch, floor), the floor falling log-linearly from 1 to e^-5 in 714 steps, then
+    to e^-7 by step 2,000 (in proportion where there are fewer than 3,000 steps); `optimal` has no floor."""
+    if args.gamma != "homotopy":
+        return MIN_GAMMA
+    return math.exp(np.interp(step * max(1, 3000 / args.iters), *HOMOTOPY))
+
+
+class Objective(nn.Module):
+    """The terms of the negative ELBO of each image, as a module, which DistributedDataParallel asks for."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, eps, probe, amp):
+        """x [B, C, H, W], uint8 or in [0, 1]; eps and probe [B, kappa] -> KL [B, kappa] and log p(x|z) [B] in nats,
+        squared error [B]. The probe is zero and its gradient is dL/dz."""
+        model = self.model
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            mu, log_sigma = (t.float() for t in model.encode(x))
+            z, kl = reparameterize(mu, log_sigma, eps, per_dim=True)
+            decoded = model.decode(z + probe)
+        return kl, *gaussian_log_likelihood(x, decoded, model.log_gamma, model.logits, True)
+
+
+class Training:
+    """A model, its optimiser, and the images [N, C, H, W], uint8, of which each step takes some.
+
+    A step's images and noise are drawn for the whole batch and depend on (seed, step) alone, so a resumed run repeats
+    them; each worker takes its slice. What `backward` gives are the worker's shares: their sums over the workers are
+    those of the batch.
+    """
+
+    def __init__(self, args, images, device):
+        self.args, self.images = args, images.to(device)
+        self.profiled = args.gamma in ("optimal", "homotopy")
+        self.compiled = device.type == "cuda" if args.compile is None else args.compile
+        torch.manual_seed(args.seed)
+        gamma = 1.0 if self.profiled or args.gamma == "learn" else args.gamma
+        self.model = VAE(images.shape[1:], args.alpha, args.kappa, gamma, learn_gamma=args.gamma == "learn").to(
+            device, memory_format=torch.channels_last)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, lr=args.lr, fused=True)
+        objective = Objective(self.model)
+        if WORLD > 1:  # it averages the gradients over the workers while the backward pass goes on
+            objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+        self.objective = torch.compile(objective) if self.compiled else objective
+
+    def batch(self, step):
+        """This worker's x, uint8 or dequantised, and eps of a step."""
+        args, device, rows = self.args, self.images.device, part(self.args.batch_size)
+        rng = generator(args.seed, TRAINING, step)
+        chosen = batch_indices(args.seed, step, args.batch_size, len(self.images))[rows]
+        x = self.images[torch.from_numpy(chosen).to(device)]
+        eps = rng.standard_normal((args.batch_size, args.kappa), np.float32)[rows]
+        if args.dequantize:
+            uniform = rng.random((args.batch_size, *x.shape[1:]), np.float32)[rows]
+            x = to_unit(x, torch.from_numpy(uniform).to(device))
+        return x.contiguous(memory_format=torch.channels_last), torch.from_numpy(eps).to(device)
+
+    def backward(self, step):
+        """The gradients of a step; gives the loss (mean negative ELBO in nats), the MSE of the whole batch, gamma, the
+        mean KL per dimension and the mean norm of an image's dL/dz.
+
+        `optimal` and `homotopy`: gamma is max(MSE, floor), a constant to the gradient: where MSE is the larger, that is
+        the gradient of the loss with gamma profiled out, d/2 log(2 pi e MSE) + KL (arXiv 2006.13202), and its value.
+        """
+        x, eps = self.batch(step)
+        b, d, probe = self.args.batch_size, x[0].numel(), torch.zeros_like(eps, requires_grad=True)
+        kl, log_likelihood, squared_error = self.objective(x, eps, probe, self.args.amp)
+        mse, log_gamma = total(squared_error.detach().sum()) / (b * d), self.model.log_gamma
+        if self.profiled:
+            log_gamma = mse.clamp(min=gamma_floor(step, self.args)).log()
+            log_likelihood = log_normal(squared_error, d, log_gamma)
+        loss = (kl.sum(1) - log_likelihood).sum() / b
+        (loss * WORLD).backward()  # the mean over the workers is then the gradient of the batch's loss
+        return (loss.detach(), mse, log_gamma.detach().exp(), kl.detach().sum(0) / b,
+                probe.grad.norm(dim=1).sum() / WORLD)
+
+    def update(self, step, mse):
+        """The optimiser's step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.args)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.profiled:  # what a checkpoint before the end is evaluated with: a running geometric mean
+            with torch.no_grad():
+                self.model.log_gamma.lerp_(mse.clamp(min=MIN_GAMMA).log(), 0.05)
+
+    def settle_gamma(self):
+        """Where gamma is not trained, it becomes the MSE on (at most GAMMA_IMAGES) training images."""
+        if self.profiled:
+            mse = evaluate(self.model, self.images[:GAMMA_IMAGES], 1, self.args.seed, self.args.dequantize)["mse"]
+            with torch.no_grad():
+                self.model.log_gamma.fill_(math.log(max(mse.mean(), MIN_GAMMA)))
+
+    def warm_up(self, step):
+        """Two steps without an update, the first of which compiles; the seconds of the second."""
+        try:
+            self.backward(step)
+        except Exception as error:
+            if not self.compiled or WORLD > 1 or out_of_memory(error):
+                raise
+            if self.args.compile:
+                raise UserError(f"torch.compile failed ({type(error).__name__}): use --no-compile") from error
+            print(f"training without torch.compile, which failed ({type(error).__name__}); see --no-compile")
+            self.objective, self.compiled = self.objective._orig_mod, False
+            self.backward(step)
+        started = time.perf_counter()
+        self.backward(step)[0].item()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+
+class Winner:
+    """The weights with the best bits per dimension on validation images [N, C, H, W] so far, their gamma being the
+    training MSE then. `best.pt` holds them whenever a checkpoint is saved."""
+
+    def __init__(self, args, images, path):
+        self.args, self.images, self.path = args, images[:VALIDATED], path
+        self.every = LOG_EVERY * max(1, args.iters // (100 * LOG_EVERY))
+        self.step, self.bpd, self.weights = 0, math.inf, None
+
+    def resume(self, step):
+        """Go on after `step`: with what best.pt holds of a step before it, where it is good."""
+        def load():
+            try:
+                return checkpoint.load(self.path)
+            except UserError as error:
+                print(error)
+        state = from_first(load) if step else None
+        if state and state["step"] <= step and isinstance(state.get("validation_bpd"), float):
+            self.step, self.bpd, self.weights = state["step"], state["validation_bpd"], state["model"]
+
+    def compare(self, model, step):
+        """The bits per dimension after `step`, which wins if they are the fewest so far."""
+        bpd = validation_bpd(model, self.images, self.args)
+        if bpd < self.bpd:
+            self.step, self.bpd = step, bpd
+            self.weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        return bpd
+
+    def save(self, config, split):
+        """Write best.pt."""
+        if RANK == 0 and self.weights:
+            checkpoint.save_weights(self.path, self.weights, self.step, config, split, validation_bpd=self.bpd)
+
+
+def validation_bpd(model, images, args):
+    """The mean bits per dimension of images [N, C, H, W] by one sample of z each, always the same ones."""
+    nll = evaluate(model, images, 1, args.seed, args.dequantize)["nll"]
+    return bits_per_dim(float(nll.mean()), images[0].numel())
+
+
+def train(args, images, out, device, split=None, validation=None):
+    """Train on uint8 images [N, C, H, W] to args.iters, checkpointing to `out`; returns (model, config).
+
+    With `validation` images [M, C, H, W] the model is that of the step that is best on them, also in best.pt. `split`,
+    own images' groups and parts, goes into the checkpoints. Raises KeyboardInterrupt after a signal, and UserError
+    where the loss is not finite; the checkpoint is good then.
+    """
+    config = {name: getattr(args, name) for name in CONFIG} | {
+        "shape": list(images.shape[1:]), "images_crc32": zlib.crc32(images.numpy()),
+        "images_digest": set_digest(images)}
+    if split:
+        config |= {"group_by": args.group_by, "folds": args.folds, "range": args.range}
+    run = Training(args, images, device)
+    model, optimizer, n, d, b = run.model, run.optimizer, len(images), images[0].numel(), args.batch_size
+    ckpt = out / "ckpt.pt"
+    step, seconds_before, saved_step = checkpoint.resume(ckpt, config, model, optimizer)
+    if RANK == 0:
+        checkpoint.write_atomic(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+    winner = None if validation is None else Winner(args, validation, out / "best.pt")
+    if winner:
+        winner.resume(step)
+    if RANK == 0 and not step:
+        (out / "best.pt").unlink(missing_ok=True)
+
+    def check(losses):
+        """UserError if one of the losses since the last check, or a parameter, is not finite."""
+        values = total(torch.stack(losses)).tolist()
+        bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+        if bad or not all(p.isfinite().all() for p in run.trained):
+            what = f"the loss is {values[bad[0]]}" if bad else "a parameter is not finite"
+            where = step - len(values) + 1 + bad[0] if bad else step
+            raise UserError(f"training diverged: {what} at step {where}; try a smaller --lr"
+                            + (f" ({ckpt} keeps the last good state)" if saved_step is not None else ""))
+
+    def save():
+        if winner:
+            winner.save(config, split)
+        if RANK == 0:
+            checkpoint.save(ckpt, model, optimizer, step, config, seconds_before + time.perf_counter() - started,
+                            saved_step, args.keep, split)
+        return step
+
+    signals = []
+    handlers = {s: signal.signal(s, lambda number, frame: signals.append(number))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = Progress(args.iters, step)
+    try:
+        if step < args.iters:
+            expected = run.warm_up(step) * (args.iters - step)
+            hint = "; --recipe fast needs a fraction of that" if device.type == "cpu" and args.recipe == "paper" else ""
+            print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n:,} training images, "
+                  f"{args.iters - step:,} steps of {b} on {device.type}{f' x {WORLD}' if WORLD > 1 else ''}: about "
+                  f"{duration(expected)}{hint}", flush=True)
+        first, losses, text, stopped = step, [], "", False
+        started = saved = logged = time.perf_counter()
+        logged_step = step
+        with nullcontext() if RANK else checkpoint.open_log(out / "log.jsonl", step) as log:
+            while step < args.iters and not stopped:
+                loss, mse, gamma, kl, grad_z_norm = run.backward(step)
+                logging = (step + 1) % LOG_EVERY == 0 or step + 1 in (1, args.iters)
+                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in run.trained]) if logging else None
+                run.update(step, mse)
+                losses.append(loss)
+                step += 1
+                overdue = time.perf_counter() - saved > args.checkpoint_seconds
+                stopped, saving = any_worker(bool(signals), RANK == 0 and overdue)
+                if logging or saving or step in args.keep_at:
+                    check(losses)
+                    losses = []
+                if logging:
+                    now = time.perf_counter()
+                    loss, grad_z_norm, *kl = total(torch.cat([torch.stack([loss, grad_z_norm]), kl])).tolist()
+                    speed = (step - logged_step) * b / (now - logged)
+                    record = {"step": step, "seconds": round(seconds_before + now - started, 3),
+                              "images_per_second": round(speed, 1), "loss": loss, "bpd": bits_per_dim(loss, d),
+                              "mse": mse.item(), "gamma": gamma.item(), "kl": sum(kl), "grad_norm": grad_norm.item(),
+                              "grad_z_norm": grad_z_norm, "active_dims": sum(k > ACTIVE_NATS for k in kl)}
+                    if winner and (step % winner.every == 0 or step == args.iters):
+                        record["validation_bpd"] = winner.compare(model, step)
+                        now = time.perf_counter()  # that is no time of the next steps
+                    if RANK == 0:
+                        log.write(json.dumps(record) + "\n")
+                        log.flush()
+                    logged, logged_step = now, step
+                    left = duration((now - started) / (step - first) * (args.iters - step))
+                    text = f"bpd {record['bpd']:.3f}  gamma {record['gamma']:.5f}  {speed:.0f} images/s  {left} left"
+                bar.update(step, text)
+                if step in args.keep_at and RANK == 0:
+                    checkpoint.save_weights(out / f"step-{step}.pt", model.state_dict(), step, config, split)
+                if saving:
+                    saved_step = save()
+                    saved = time.perf_counter()
+        if losses:
+            check(losses)
+        if step == args.iters:
+            run.settle_gamma()
+        save()
+        stopped, = any_worker(bool(signals))
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if stopped:
+        raise KeyboardInterrupt(f"step {step:,} is saved in {ckpt}: the same command with --resume goes on")
+    if winner:
+        settle(winner, run, config, split)
+    return model.eval().requires_grad_(False), config
+
+
+def settle(winner, run, config, split):
+    """Take the winner's weights, with the gamma that they ask for, write best.pt, and say which step's they are."""
+    model, args = run.model, run.args
+    last = validation_bpd(model, winner.images, args)
+    if winner.weights is None:  # best.pt has been deleted since the last step, or no comparison was finite
+        winner.step, winner.weights = args.iters, model.state_dict()
+    model.load_state_dict(winner.weights)
+    run.settle_gamma()
+    winner.weights, winner.bpd = model.state_dict(), validation_bpd(model, winner.images, args)
+    winner.save(config, split)
+    if winner.step == args.iters:
+        print(f"bpd {last:.3f} on {len(winner.images):,} validation images, the best yet: more steps may improve it")
+    else:
+        print(f"stopped improving at step {winner.step:,} of {args.iters:,}, whose weights are kept as best.pt and "
+              f"evaluated: bpd {winner.bpd:.3f} on {len(winner.images):,} validation images, {last:.3f} after the last")
