@@ -198,7 +198,8 @@ def evaluate_outliers(model, config, sets, args, out):
         scorer = SCORES[score](fitted)
         scores[score] = {name: finite(score, scorer(f)) for name, f in features.items()}
         rows = metrics["scores"][score] = {
-            name: detection(scores[score]["test"], scores[score][name]) for name in outliers}
+            name: detection(scores[score]["test"], scores[score][name], paired=name in CORRUPTIONS)
+            for name in outliers}
         print(f"{score + ' (control)' * (SCORES[score] in CONTROLS):<27}" + "".join(
             f"{row['auroc']:>10.4f}{row['fpr95']:>7.3f}" for row in rows.values()))
     if config["data"] == "sprites":

@@ -53,6 +53,15 @@ def test_bootstrap_interval_agrees_with_delong():
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(variance), rel=0.1)
 
 
+def test_pairs_are_drawn_together():
+    """An outlier that is its inlier, a little higher: the AUROC hardly varies where pairs are drawn together."""
+    inliers = np.random.default_rng(0).standard_normal(300)
+    width = {paired: np.ptp(detection(inliers, inliers + 0.5, paired=paired)["auroc_ci95"]) for paired in (True, False)}
+    assert width[True] < 0.5 * width[False]
+    same = detection(inliers, inliers, paired=True)
+    assert same["auroc_ci95"] == [0.5, 0.5]
+
+
 def test_interval_covers_the_truth():
     from math import erf
     truth, covered, rng = 0.5 * (1 + erf(1 / 2)), 0, np.random.default_rng(1)  # P(N(1, 1) > N(0, 1))

@@ -25,20 +25,24 @@ def _from_counts(n_in, n_out):
     return auroc, aupr, fpr95
 
 
-def detection(inliers, outliers, resamples=500, seed=0):
+def detection(inliers, outliers, resamples=500, seed=0, paired=False):
     """AUROC, AUPR and FPR95 of scores [n] and [m], each in [0, 1], with 95% confidence intervals.
 
     auroc: the chance that an outlier scores above an inlier, ties counting half. aupr: average precision with the
     outliers as positives; it depends on m / (n + m). fpr95: the share of outliers accepted at the threshold that
-    accepts 95% of the inliers (arXiv 1706.02690). Intervals: percentiles of a bootstrap within each set; they say
-    nothing of another training run.
+    accepts 95% of the inliers (arXiv 1706.02690). Intervals: percentiles of a bootstrap within each set, or where
+    outlier i is inlier i spoilt (`paired`) over the pairs; they say nothing of another training run.
     """
     a, b, size = _ranks(inliers, outliers)
     names = ("auroc", "aupr", "fpr95")
     result = dict(zip(names, _from_counts(np.bincount(a, minlength=size), np.bincount(b, minlength=size)), strict=True))
     rng = np.random.default_rng(seed)
-    draws = np.array([_from_counts(*(np.bincount(r[rng.integers(len(r), size=len(r))], minlength=size) for r in (a, b)))
-                      for _ in range(resamples)])
+
+    def resampled():
+        rows = rng.integers(len(a), size=len(a))
+        others = rows if paired else rng.integers(len(b), size=len(b))
+        return _from_counts(np.bincount(a[rows], minlength=size), np.bincount(b[others], minlength=size))
+    draws = np.array([resampled() for _ in range(resamples)])
     for name, low, high in zip(names, *np.percentile(draws, (2.5, 97.5), axis=0), strict=True):
         result[f"{name}_ci95"] = [float(low), float(high)]
     return result | {"n_in": len(a), "n_out": len(b)}
