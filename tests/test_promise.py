@@ -4,14 +4,17 @@ Each check is run for mutants too, and must then fail: a check that no fault fai
 """
 
 import functools
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from vae_ood import detector, groups
+from tests.conftest import ROOT
+from vae_ood import detector, groups, promise
 from vae_ood.data import Images
 from vae_ood.likelihood import evaluate
 from vae_ood.likeness import digests
@@ -20,6 +23,7 @@ from vae_ood.model import VAE
 from vae_ood.scores import SCORES
 
 DRAWS = 1000
+RESULTS = ROOT / "results"
 
 
 def by_thing(calibration, scores, label):
@@ -81,6 +85,32 @@ def test_with_confidence_the_rate_is_exceeded_as_seldom_as_asked(sizes):
         rate = (by_thing(score, population, label) <= rank / (held_out + 1) + 1e-12).mean()
         exceeded.append(rate > 0.05)
     assert np.mean(exceeded) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / DRAWS)
+
+
+# ---- the page of what was measured
+
+def test_the_page_says_what_the_json_files_say():
+    assert (RESULTS / "promise.md").read_text() == promise.page(RESULTS), "run python -m vae_ood.promise"
+    assert {path.stem for path in (RESULTS / "promise").glob("*.json")} == {
+        *promise.cases(), "same_parts", "near_copies"}
+
+
+def test_the_readme_quotes_the_page():
+    def flagged(pattern):
+        runs = [json.loads(path.read_text()) for path in (RESULTS / "promise").glob(f"{pattern}.json")]
+        return [100 * run["flagged"] / run["n"] for run in runs]
+    section = (ROOT / "README.md").read_text().split("### The false-alarm rate")[1].split("\n## ")[0]
+    for pattern, words in (("tiles_given_folders_none_s?", "flagged {:.0f} to {:.0f}% of the ordinary"),
+                           ("tiles_*_folders_s?", "flags {:.1f} to {:.1f}%")):
+        rates = flagged(pattern)
+        assert words.format(min(rates), max(rates)) in " ".join(section.split())
+
+
+def test_a_changed_number_changes_the_page(tmp_path):
+    shutil.copytree(RESULTS / "promise", tmp_path / "promise")
+    path = tmp_path / "promise" / "tiles_given_folders_s0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"flagged": 200}))
+    assert "1 above it" in promise.page(tmp_path) and "79.7%" in promise.page(tmp_path)
 
 
 # ---- a score that has learnt its training pictures by heart, on the real split

@@ -150,7 +150,7 @@ def defects(place, ordinary):
 
 def same_parts(root):
     """By split of the tiles, whether each of their pictures is in the same part where they lie in folders and where
-    they lie flat under other names: the runs are then the same ones."""
+    they lie flat under other names."""
     same = {}
     for split in SPLITS:
         parts = []
@@ -236,13 +236,15 @@ def page(folder):
         "![Realised against promised rate](promise/promise.png)", "",
         *table(["calibrated", "things that calibrate", "printed range", "flagged, a seed each", "warned",
                 "AUROC defects"], tile_rows(found)), "",
-        f"With the defaults alone, {inside} of {len(by_thing)} runs lie within the printed range, {above} above it. "
+        f"With the defaults alone, {inside} of {len(by_thing)} runs lie within the printed range, {above} above it and "
+        f"{len(by_thing) - inside - above} below: with 19 things a picture is flagged at 5% only where it scores above "
+        "every picture that calibrates, which is careful; more things are less so (`--folds`). "
         "Warned: eval.py said that the new pictures lie farther from the training pictures than those that calibrate. "
         "AUROC: 392 defective tiles are the positive class, the ordinary pictures of new tiles the negative one, "
         "score `default`.", "",
         "Flat, the pictures fall into the same parts as in folders: " + ", ".join(
-            f"{'yes' if value else 'NO'} ({split} split)" for split, value in same.items()) + ". Where they do, "
-        "the runs are the same, so one alone was made; the order of the files tells a little too.", "",
+            f"{'yes' if value else 'NO'} ({split} split)" for split, value in same.items()) + ". Where they do, one "
+        "seed was run; the order of the files tells a little too.", "",
         f"One of these runs said: “{one['found']}”. Its weights are those of step {one['best_step']:,} of 2,000.", "",
         "## Pictures that do not repeat", "",
         "3,000 pictures train and calibrate, 3,000 others are scored.", "",
