@@ -42,7 +42,7 @@ def cases():
         for seed in SEEDS:
             found[f"tiles_{part.replace(' ', '')}_folders_s{seed}"] = {
                 "set": TILES, "split": part, "layout": "folders", "seed": seed, "flags": []}
-    for part, seed in (("given", 0), *(("random 1", seed) for seed in SEEDS)):  # where other parts come of it, and once
+    for part, seed in (("given", 0), *((part, seed) for part in SPLITS[1:] for seed in SEEDS)):
         found[f"tiles_{part.replace(' ', '')}_flat_s{seed}"] = {
             "set": TILES, "split": part, "layout": "flat", "seed": seed, "flags": []}
     for seed in SEEDS:
@@ -199,7 +199,7 @@ def tile_rows(found):
             *((f"**likeness, the default**, {part} split", f"tiles_{part.replace(' ', '')}_folders_s")
               for part in SPLITS),
             *((f"likeness, {part} split, flat", f"tiles_{part.replace(' ', '')}_flat_s")
-              for part in ("given", "random 1")),
+              for part in SPLITS),
             ("likeness, given split, `--folds 5`", "tiles_given_folders_folds5")):
         some = [numbers for name, numbers in found.items() if name.startswith(pattern)]
         if some:
@@ -253,12 +253,13 @@ def page(folder):
              percent(numbers["flagged"] / numbers["n"])]
             for numbers in found.values() if numbers["set"] in SINGLE]), "",
         "## Near copies across the official split", "",
-        "Test pictures that show what a training picture shows, by the same likeness. The official split is kept all "
-        "the same.", "",
+        "Test pictures that show what a training picture shows, by the same likeness, which errs now and then. The "
+        "official split is kept all the same.", "",
         *table(["set", "training pictures", "test pictures", "of these, near copies"], [
             [name, *(f"{row[key]:,}" for key in ("train", "test", "near_copies"))] for name, row in copies.items()]),
-        "", "## Commands", "", "```", *dict.fromkeys(f"{n['command']}  # {n['set']}, {n['split']}, {n['layout']}"
-                                                     for n in found.values()), "```", ""])
+        "", "## Commands", "", "```", *dict.fromkeys(re.sub(r"--seed \d", "--seed SEED", n["command"])
+                                                     for n in found.values()),
+        "python eval.py --ckpt RUN --score held_out", "```", ""])
 
 
 def draw(folder):
