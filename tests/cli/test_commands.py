@@ -111,7 +111,8 @@ def test_score_own_images(tiny_run, command, tmp_path):
     assert (out / "scores.csv").exists() and len(rows(out / "scores.csv")) == 2100  # the evaluation's are kept
 
     np.save(tmp_path / "mine.npy", load("noise", "test", shape=(3, 20, 30)).pixels[:5])  # another size and colour
-    command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path / "mine.npy", "--out", tmp_path / "s")
+    command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path / "mine.npy", "--scores", "nll", "--iw-samples", 1,
+            "--max-images", 300, "--out", tmp_path / "s")
     flags = [(r["index"], r["outlier"]) for r in rows(tmp_path / "s" / "scores.csv")]
     assert flags == [(str(i), "1") for i in range(5)]
 
@@ -376,13 +377,12 @@ def test_file_names_of_any_bytes(tiny_run, command, tmp_path):
     (tmp_path / "mine").mkdir()
     with open(os.fsencode(tmp_path / "mine") + b"/\xe9.png", "wb") as file:
         Image.fromarray(np.zeros((32, 32), np.uint8)).save(file, "PNG")
-    command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path / "mine", "--out", tmp_path / "o")
     for name in ("a\nb.png", "a,\"b.png"):
         Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "mine" / name)
     with open(os.fsencode(tmp_path / "mine") + b"/\xea.png", "wb") as file:
         Image.fromarray(np.zeros((32, 32), np.uint8)).save(file, "PNG")
     result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", tmp_path / "mine", "--out", tmp_path / "o",
-                     env=os.environ | {"PYTHONIOENCODING": "ascii"})
+                     "--scores", "nll", "--max-images", 60, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     with open(tmp_path / "o" / "scores.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         names = [row["file"] for row in csv.DictReader(file)]
     assert sorted(map(os.fsencode, names)) == [b"a\nb.png", b'a,"b.png', b"\xe9.png", b"\xea.png"]
@@ -411,7 +411,7 @@ def test_results_of_one_input_replace_no_others(tiny_run, command, tmp_path):
         assert refused(command(*arguments, "--out", out / "score-new", check=False), "of other images")
 
 
-@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1, 3)])
+@pytest.mark.parametrize("shape", [(1, 9), pytest.param((9, 1), marks=pytest.mark.slow), (1, 1, 3)])
 def test_images_of_any_size(command, tmp_path, shape):
     images = np.random.default_rng(0).integers(0, 256, (90, *shape), np.uint8)
     np.save(tmp_path / "a.npy", images)
@@ -422,9 +422,14 @@ def test_images_of_any_size(command, tmp_path, shape):
     assert Image.open(tmp_path / "s" / "outliers.png").size == (1200, 768)
 
 
-def test_moved_training_images_are_named_and_found(command, tmp_path):
-    np.save(tmp_path / "a.npy", load("sprites", "test").pixels[:80, 0, ::4, ::4].numpy())
-    command(*OWN, tmp_path / "a.npy", "--iters", 2, "--out", tmp_path / "r")
+def test_levels_are_kept_and_moved_training_images_are_named_and_found(command, tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (90, 8, 8)).astype(np.uint16)
+    np.save(tmp_path / "a.npy", values)
+    arguments = (*OWN, tmp_path / "a.npy", "--iters", 2, "--out", tmp_path / "r")
+    assert refused(command(*arguments, check=False), "holds uint16 from 0 to 4095", "--range LOW HIGH")
+    assert refused(command(*arguments, "--range", 5, 5, check=False), "--range")
+    command(*arguments, "--range", 0, 4095)
+    assert checkpoint.load(tmp_path / "r" / "ckpt.pt")["config"]["range"] == [0, 4095]
     (tmp_path / "a.npy").rename(tmp_path / "b.npy")
     scored = ("eval.py", "--ckpt", tmp_path / "r", "--score", tmp_path / "b.npy", "--scores", "nll", "--out",
               tmp_path / "s")
@@ -432,18 +437,7 @@ def test_moved_training_images_are_named_and_found(command, tmp_path):
     command(*scored, "--data", tmp_path / "b.npy")
 
 
-def test_levels_are_kept(command, tmp_path):
-    values = np.random.default_rng(0).integers(0, 4096, (90, 8, 8)).astype(np.uint16)
-    np.save(tmp_path / "a.npy", values)
-    arguments = (*OWN, tmp_path / "a.npy", "--iters", 2, "--out", tmp_path / "r")
-    assert refused(command(*arguments, check=False), "holds uint16 from 0 to 4095", "--range LOW HIGH")
-    assert refused(command(*arguments, "--range", 5, 5, check=False), "--range")
-    command(*arguments, "--range", 0, 4095)
-    command("eval.py", "--ckpt", tmp_path / "r", "--score", tmp_path / "a.npy", "--scores", "nll", "--out",
-            tmp_path / "s")
-    assert checkpoint.load(tmp_path / "r" / "ckpt.pt")["config"]["range"] == [0, 4095]
-
-
+@pytest.mark.slow
 def test_an_evaluation_beside_a_training(command, tmp_path):
     arguments = [*map(str, TINY), "--iters", "1500", "--no-eval", "--checkpoint-seconds", "0.02", "--out",
                  str(tmp_path / "r")]
@@ -566,6 +560,7 @@ def test_other_pictures_in_the_folder_are_refused(own_run, command, tmp_path):
         training[0].write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_run_on_own_pictures_goes_on_where_it_stopped(own_run, command, tmp_path):
     arguments = (*OWN, own_run[0], "--iters", 1500, "--checkpoint-seconds", 0.02)
     command(*arguments, "--out", tmp_path / "whole")
