@@ -153,14 +153,6 @@ def load_outliers(config, args, test):
     return sets
 
 
-def drawn(function, path, *arguments):
-    """Draw a figure; where that fails, say so in a line."""
-    try:
-        function(path, *arguments)
-    except Exception as error:  # whatever matplotlib raises: the results are written already
-        print(f"no {path.name}: {type(error).__name__}: {' '.join(str(error).split())}")
-
-
 def evaluate_outliers(model, config, sets, args, out):
     """Evaluate `sets` ({'train', 'test', outliers...: Images}), print the tables and write the files to `out`. Scores
     are fitted to all of 'train', of which TRAIN_IMAGES are evaluated where --max-images does not say."""
@@ -218,8 +210,8 @@ def evaluate_outliers(model, config, sets, args, out):
     if plots.available():
         title = printable(f"{Path(config['data']).name}, alpha = {config['alpha']:g}, kappa = {config['kappa']}")
         bpd = {name: bits_per_dim(likelihoods["nll"], d) for name, likelihoods in measured.items()}
-        drawn(plots.nll_histogram, out / "nll_histogram.png", bpd, title)
-        drawn(plots.mutual_information, out / "mutual_information.png", kl, title)
+        plots.drawn(plots.nll_histogram, out / "nll_histogram.png", bpd, title)
+        plots.drawn(plots.mutual_information, out / "mutual_information.png", kl, title)
     else:
         print("no figures: pip install matplotlib")
     print(f"written to {out}")
@@ -285,8 +277,8 @@ def report(calibration, own, rank, how, args, out):
         zip(names, *(values.tolist() for values in scores.values()), p.tolist(), flagged.astype(int).tolist(),
             calibration.likeness.tolist(), known.astype(int).tolist(), strict=True))
     if plots.available():
-        drawn(plots.outliers, out / "outliers.png", own.pixels.numpy(), p, score,
-              printable(f"{Path(own.name).name}: {args.scores[0]}, calibrated on {things:,} things"))
+        plots.drawn(plots.outliers, out / "outliers.png", own.pixels.numpy(), p, score,
+                    printable(f"{Path(own.name).name}: {args.scores[0]}, calibrated on {things:,} things"))
     else:
         print("no figure: pip install matplotlib")
     print(f"\n{'image':<40}{args.scores[0]:>19}{'p-value':>10}")

@@ -17,6 +17,14 @@ def available():
     return True
 
 
+def drawn(function, path, *arguments):
+    """Draw a figure; where that fails, say so in a line."""
+    try:
+        function(path, *arguments)
+    except Exception as error:  # whatever matplotlib raises: the results are written already
+        print(f"no {path.name}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
 def figure_and_axes(width=7.0, height=4.2):
     """A new figure with one pair of axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
