@@ -203,9 +203,9 @@ def evaluate_outliers(model, config, sets, args, out):
 
     if RANK:
         return
-    checkpoint.write_csv(out / "scores.csv", ["set", "index", *args.scores],
-              ([name, i, *row] for name in sets
-               for i, row in enumerate(zip(*(scores[s][name].tolist() for s in args.scores), strict=True))))
+    checkpoint.write_csv(out / "scores.csv", ["set", "index", *args.scores], (
+        [name, i, *row] for name in sets
+        for i, row in enumerate(zip(*(scores[s][name].tolist() for s in args.scores), strict=True))))
     checkpoint.write_atomic(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     if plots.available():
         title = printable(f"{Path(config['data']).name}, alpha = {config['alpha']:g}, kappa = {config['kappa']}")

@@ -62,11 +62,10 @@ def save(path, model, optimizer, step, config, seconds=0.0, before=None, keep=1,
     What `path` held, of the step `before`, is kept beside it as <stem>-<before>.pt, as far as there are to be `keep`
     checkpoints in all; older ones are removed.
     """
-    buffer, path = io.BytesIO(), Path(path)
-    torch.save({"version": VERSION, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                "config": config, "seconds": seconds} | ({"split": split} if split else {}), buffer)
+    path = Path(path)
+    state = packed(model.state_dict(), optimizer.state_dict(), step, config, seconds, split)
     aside = before is not None and before < step and keep > 1 and path.exists()
-    write_atomic(path, buffer.getbuffer(), path.with_name(f"{path.stem}-{before}.pt") if aside else None)
+    write_atomic(path, state, path.with_name(f"{path.stem}-{before}.pt") if aside else None)
     for number, old in earlier(path):
         if number < step and keep > 1:
             keep -= 1
@@ -77,10 +76,15 @@ def save(path, model, optimizer, step, config, seconds=0.0, before=None, keep=1,
 def save_weights(path, weights, step, config, split=None, **more):
     """Save the weights alone, a state_dict after `step` training steps: enough to evaluate, not to resume. Raises
     UserError."""
+    write_atomic(path, packed(weights, {}, step, config, 0.0, split, **more))
+
+
+def packed(model, optimizer, step, config, seconds, split, **more):
+    """The bytes of a checkpoint."""
     buffer = io.BytesIO()
-    torch.save({"version": VERSION, "model": weights, "optimizer": {}, "step": step, "config": config, "seconds": 0.0}
-               | ({"split": split} if split else {}) | more, buffer)
-    write_atomic(path, buffer.getbuffer())
+    torch.save({"version": VERSION, "model": model, "optimizer": optimizer, "step": step, "config": config,
+                "seconds": seconds} | ({"split": split} if split else {}) | more, buffer)
+    return buffer.getbuffer()
 
 
 def earlier(path):
@@ -240,7 +244,7 @@ def folder_of_run(out, resume):
 
 def to_evaluate(path):
     """The checkpoints that --ckpt names: those of a run's folder or of its folds, best.pt where there is one in place
-    of ckpt.pt, which is for going on. Raises UserError."""
+    of ckpt.pt, which is for going on."""
     path = Path(path)
     if path.is_dir():
         folds = sorted(path.glob("fold-*"), key=lambda fold: (len(fold.name), fold.name))

@@ -149,8 +149,9 @@ def numbered(names):
 def near(pixels):
     """Labels [N] of uint8 images [N, C, H, W], equal where pictures are so alike that they show one thing.
 
-    Two are joined where their distance is below the geometric mean of their `reaches`: so alike as others are not. So
-    are pictures that follow one another in a folder whose order predicts likeness, a video's say, and copies.
+    Two are joined where their distance is below a `share` of the geometric mean of their `local_scales`: so alike as
+    others are not. So are pictures that follow one another in a folder whose order predicts likeness, a video's say,
+    and copies.
     """
     n = len(pixels)
     copies = numbered(digests(pixels))

@@ -23,7 +23,8 @@ import torch
 from vae_ood import UserError, checkpoint, groups, likeness, plots
 from vae_ood.cli import Parser, make_folder, one_line_errors
 from vae_ood.data import load
-from vae_ood.metrics import false_alarm_range
+from vae_ood.metrics import detection, false_alarm_range
+from vae_ood.reproduce import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -135,7 +136,6 @@ def measure(case, root):
 
 def defects(place, ordinary):
     """AUROC of the defective tiles, and how many are flagged, by kind and together."""
-    from vae_ood.metrics import detection
     rows, _ = score(place / "run", place / "defect", place / "defect_scores")
     kinds = sorted({row["file"].split("_")[1] for row in rows})
     inliers = np.array([float(row["default"]) for row in ordinary])
@@ -212,11 +212,6 @@ def tile_rows(found):
     return rows
 
 
-def table(header, rows):
-    """The lines of a Markdown table."""
-    return ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]
-
-
 def page(folder):
     """The text of promise.md from the JSON files under `folder`/promise."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder, "promise").glob("*.json"))}
@@ -234,7 +229,7 @@ def page(folder):
         f"`--fpr {RATE}`. The given split is the data set's; the random ones take other tiles. Flat: all pictures in "
         "one folder, renamed and shuffled, so that only likeness can tell which show one tile.", "",
         "![Realised against promised rate](promise/promise.png)", "",
-        *table(["calibrated", "things that calibrate", "printed range", "flagged, a seed each", "warned",
+        *markdown(["calibrated", "things that calibrate", "printed range", "flagged, a seed each", "warned",
                 "AUROC defects"], tile_rows(found)), "",
         f"With the defaults alone, {inside} of {len(by_thing)} runs lie within the printed range, {above} above it and "
         f"{len(by_thing) - inside - above} below: with 19 things a picture is flagged at 5% only where it scores above "
@@ -248,14 +243,14 @@ def page(folder):
         f"One of these runs said: “{one['found']}”. Its weights are those of step {one['best_step']:,} of 2,000.", "",
         "## Pictures that do not repeat", "",
         "3,000 pictures train and calibrate, 3,000 others are scored.", "",
-        *table(["set", "groups", "things that calibrate", "printed range", "flagged"], [
-            [numbers["set"], numbers["flags"][1], numbers["things"], " to ".join(map(percent, promised(numbers))),
+        *markdown(["set", "groups", "things that calibrate", "printed range", "flagged"], [
+            [numbers["set"], numbers["flags"][1], str(numbers["things"]), " to ".join(map(percent, promised(numbers))),
              percent(numbers["flagged"] / numbers["n"])]
             for numbers in found.values() if numbers["set"] in SINGLE]), "",
         "## Near copies across the official split", "",
         "Test pictures that show what a training picture shows, by the same likeness, which errs now and then. The "
         "official split is kept all the same.", "",
-        *table(["set", "training pictures", "test pictures", "of these, near copies"], [
+        *markdown(["set", "training pictures", "test pictures", "of these, near copies"], [
             [name, *(f"{row[key]:,}" for key in ("train", "test", "near_copies"))] for name, row in copies.items()]),
         "", "## Commands", "", "```", *dict.fromkeys(re.sub(r"--seed \d", "--seed SEED", n["command"])
                                                      for n in found.values()),
