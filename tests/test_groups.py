@@ -300,11 +300,20 @@ def test_copies_and_siblings_of_training_pictures_are_recognised():
     train = pictures([photograph("burst", s, rng) for s in many[:120]])
     new = torch.cat([train[7:9], pictures([photograph("burst", s, rng) for s in many[100:140]])])
     nearest = Nearest(train)
-    distance, copies, siblings = nearest.known(new)
+    strangers = nearest.distance(pictures([crop(s) for s in many[140:]]))
+    distance, copies, siblings = nearest.known(new, strangers)
     assert copies.tolist() == [True] * 2 + [False] * 40 and np.abs(distance[:2]).max() < 1e-3
     assert siblings[:22].all() and not siblings[22:].any()
     for i in range(0, 42, 5):  # whatever else is looked up with it
-        assert nearest.known(new[i:i + 1])[2] == siblings[i]
+        assert nearest.known(new[i:i + 1], strangers)[2] == siblings[i]
+
+
+def test_new_pictures_are_seldom_taken_for_siblings_where_little_varies():
+    """20,000 sprites lie so densely that a new one has a near one among them, as those held out have."""
+    train, test = (load("sprites", part).pixels for part in ("train", "test"))
+    nearest = Nearest(train)
+    _, copies, siblings = nearest.known(test[1000:], nearest.distance(test[:1000]))
+    assert not copies.any() and siblings.mean() < 0.03
 
 
 def test_new_pictures_of_another_kind_lie_farther():

@@ -67,8 +67,9 @@ class Calibration:
     def compare(self, train, test, groups, own):
         """How near the calibration images and the new ones lie to the training images."""
         nearest = Nearest(train)
-        distance, copies, siblings = nearest.known(own)
-        self.near.append((nearest.distance(test)[0], groups, distance))
+        held_out = nearest.distance(test)
+        distance, copies, siblings = nearest.known(own, held_out)
+        self.near.append((held_out[0], groups, distance))
         self.copies, self.siblings = self.copies | copies, self.siblings | siblings
 
     def p_values(self):

@@ -228,18 +228,19 @@ class Nearest:
         return (1 - likeness[:, skipped:]).clamp(min=0).numpy()
 
     def distance(self, pixels):
-        """1 - likeness [M] of pictures [M, C, H, W] to their nearest training picture, and the distance [M] within
-        which it would be a sibling."""
+        """1 - likeness [M] of pictures [M, C, H, W] to their nearest training picture, and their local scale [M]."""
         found = [self._distances(self._sketch(likeness_vectors(part))) for part in pixels.split(512)]
         return (np.concatenate([d[:, 0] for d in found]),
-                self.share * np.concatenate([d[:, min(self.rank, d.shape[1]) - 1] for d in found]))
+                np.concatenate([d[:, min(self.rank, d.shape[1]) - 1] for d in found]))
 
-    def known(self, pixels):
-        """Of pictures [M, C, H, W]: `distance`; whether each is a copy of a training picture [M], or so near one as
-        siblings are [M] (copies included)."""
-        nearest, reach = self.distance(pixels)
+    def known(self, pixels, strangers):
+        """Of pictures [M, C, H, W]: 1 - likeness [M] to the nearest training picture; whether each is a copy of one
+        [M], or so near one as siblings are [M] (copies included), and as hardly one of the `strangers` is: the
+        `distance` of pictures of things that did not train."""
+        nearest, scale = self.distance(pixels)
         copy = np.array([digest in self.digests for digest in digests(pixels)])
-        return nearest, copy, copy | (nearest < reach)
+        share = min(self.share, np.quantile(strangers[0] / np.maximum(strangers[1], 1e-9), 0.01))
+        return nearest, copy, copy | (nearest < share * scale)
 
 
 def farther(new, new_groups, known, known_groups):
