@@ -39,6 +39,7 @@ import json
 import math
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ from vae_ood.model import VAE
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.scores import CONTROLS, DECODED_OFTEN, SCORES
 
+NO_CODE = "\N{EN DASH}"  # in place of bits per dimension
 FIT_IMAGES = 30_000  # of the training set: scores are fitted to so many, where --max-images does not say
 MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of the prior
 CPU_FLOPS = 1e13  # the most that decoding a set may take on a CPU (some two minutes on two cores)
@@ -169,18 +171,22 @@ def evaluate_outliers(model, config, sets, args, out):
                "iw_samples": args.iw_samples, "kl_per_dim": kl.tolist(), "spectrum_cut": cut, "spectrum_ratio": ratio,
                "mmd": mmd(z, prior) if len(z) > 1 else None, "mmd_images": len(z),
                "fit_images": len(fitted.images), "sets": {}, "scores": {}}
+    bits = partial(bits_per_dim, d=d, gamma=metrics["gamma"], dequantize=config["dequantize"])
     print(f"\n{'set':<14}{'images':>8}{'bpd':>9}{'bpd_iw':>9}{'nll':>11}{'nll_iw':>11}{'mse':>10}{'kl':>9}"
           f"     bpd: bits per dimension, nll and kl: nats, iw: K = {args.iw_samples}")
     for name, likelihoods in measured.items():
         nll, iw, mse, kl_mean = (float(likelihoods[key].mean()) for key in ("nll", "iw_nll", "mse", "kl"))
-        row = {"n": len(likelihoods["nll"]), "bpd": bits_per_dim(nll, d), "bpd_iw": bits_per_dim(iw, d), "nll": nll,
+        row = {"n": len(likelihoods["nll"]), "bpd": bits(nll), "bpd_iw": bits(iw), "nll": nll,
                "nll_std": float(likelihoods["nll"].std()), "nll_iw": iw, "mse": mse, "kl": kl_mean,
                "notes": sets[name].notes}
         metrics["sets"][name] = row
         print(f"{name:<14}{row['n']:>8,}" + "".join(
-            f"{value:>{width}.{digits}f}" if abs(value) < 10 ** (width - digits - 2) else f"{value:>{width}.1e}"
+            f"{NO_CODE:>{width}}" if value is None else f"{value:>{width}.{digits}f}"
+            if abs(value) < 10 ** (width - digits - 2) else f"{value:>{width}.1e}"
             for value, width, digits in ((row["bpd"], 9, 3), (row["bpd_iw"], 9, 3), (nll, 11, 1), (iw, 11, 1),
                                          (mse, 10, 6), (kl_mean, 9, 2))) + "  " + "; ".join(sets[name].notes))
+    if bits(0.0) is None:
+        print(f"bpd {NO_CODE}: gamma is below 1/255^2: narrower than a level of 8 bits, so no code length")
     outliers = [name for name in sets if name not in ("train", "test")]
     print(f"\n{'AUROC, FPR95':<27}" + "".join(f"{name[:15]:>17}" for name in outliers) +
           f"     outliers are the positive class; a larger score is more outlying; fitted to {len(fitted.images):,} "
@@ -209,8 +215,9 @@ def evaluate_outliers(model, config, sets, args, out):
     checkpoint.write_atomic(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     if plots.available():
         title = printable(f"{Path(config['data']).name}, alpha = {config['alpha']:g}, kappa = {config['kappa']}")
-        bpd = {name: bits_per_dim(likelihoods["nll"], d) for name, likelihoods in measured.items()}
-        plots.drawn(plots.nll_histogram, out / "nll_histogram.png", bpd, title)
+        unit, of = ("nats", lambda nll: nll / d) if bits(0.0) is None else ("bits", bits)
+        values = {name: of(likelihoods["nll"]) for name, likelihoods in measured.items()}
+        plots.drawn(plots.nll_histogram, out / "nll_histogram.png", values, unit, title)
         plots.drawn(plots.mutual_information, out / "mutual_information.png", kl, title)
     else:
         print("no figures: pip install matplotlib")

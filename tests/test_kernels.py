@@ -9,8 +9,7 @@ import torch
 
 import kernels
 from kernels import bench_kernels, use_triton
-from kernels.gaussian_log_likelihood import gaussian_log_likelihood
-from kernels.iw_nll import iw_nll
+from kernels.iw_nll import gaussian_log_likelihood, iw_nll
 from kernels.reparameterize import reparameterize
 from tests.compare import DEVICE, triton  # noqa: F401
 from tests.conftest import ROOT

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from kernels.gaussian_log_likelihood import log_normal
+from kernels.iw_nll import log_normal
 from vae_ood import likelihood
 from vae_ood.data import to_unit
 from vae_ood.likelihood import bits_per_dim, evaluate, log_prior_minus_log_q
@@ -95,13 +95,23 @@ def test_log_prior_minus_log_q_matches_torch_distributions_in_float64():
 
 
 def test_bits_per_dim_is_the_code_length_of_8_bit_data():
-    assert bits_per_dim(0.0, 784) == 8  # the uniform density on [0, 1]^d costs 8 bits a pixel
+    assert bits_per_dim(0.0, 784, 1.0) == math.log2(255)  # a density of 1, over bins 1/255 wide
+    assert bits_per_dim(0.0, 784, 1.0, dequantize=True) == 8  # and 1/256
     gamma, mean = 0.01, 0.4  # a density that hardly changes within a bin: -log2 of the bin's mass
     x = torch.arange(60, 150).double() / 255
     normal = Normal(torch.tensor(mean).double(), torch.tensor(gamma).double().sqrt())
-    mass = normal.cdf(x + 1 / 512) - normal.cdf(x - 1 / 512)
+    mass = normal.cdf(x + 1 / 510) - normal.cdf(x - 1 / 510)
     nll = -log_normal((x - mean).square(), 1, torch.tensor(gamma).double().log())
-    torch.testing.assert_close(bits_per_dim(nll, 1), -mass.log2(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(bits_per_dim(nll, 1, gamma), -mass.log2(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("gamma", [1 / 254**2, 1 / 255**2, 1 / 256**2])
+def test_bits_per_dim_of_a_density_narrower_than_a_level_is_none(gamma):
+    assert (bits_per_dim(0.0, 1, gamma) is None) == (gamma < 1 / 255**2)
+    # with noise as wide as a level it is a code length, at least the entropy of one level: 0 bits
+    u = (torch.arange(100_000).double() + 0.5) / 100_000
+    nll = -log_normal(((128 + u) / 256 - 128.5 / 256).square(), 1, torch.tensor(gamma).double().log())
+    assert bits_per_dim(nll.mean(), 1, gamma, dequantize=True) > 0
 
 
 @pytest.mark.parametrize("dequantize", [False, True])

@@ -1,6 +1,7 @@
 """The README and the commands must not drift apart."""
 
 import json
+import math
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from tests.conftest import ROOT
 from vae_ood.bench import flops
+from vae_ood.likelihood import bits_per_dim
 from vae_ood.model import VAE
 
 
@@ -34,6 +36,27 @@ def test_the_readme_quotes_the_measured_results():
         quoted = f"| `{name}` | MNIST | {row['auroc']:.4f} [{low:.4f}, {high:.4f}] | {row['aupr']:.4f} | "
         quoted += f"{row['fpr95']:.4f} |"
         assert quoted in readme
+
+
+def test_kept_bits_per_dimension_are_those_of_the_kept_nlls():
+    def of(nll, d, gamma):
+        bpd = bits_per_dim(nll, d, gamma)
+        return bpd if bpd is None else pytest.approx(bpd, abs=1e-9)
+
+    paths = [*ROOT.glob("results/**/metrics.json")]
+    assert len(paths) > 10
+    for path in paths:
+        metrics = json.loads(path.read_text())
+        d, gamma = math.prod(metrics["config"]["shape"]), metrics["gamma"]
+        for row in metrics["sets"].values():
+            assert row["bpd"] == of(row["nll"], d, gamma) and row["bpd_iw"] == of(row["nll_iw"], d, gamma), path
+        for line in map(json.loads, path.with_name("log.jsonl").read_text().splitlines()):
+            assert line["bpd"] == of(line["loss"], d, line["gamma"]), path
+    d = {"sprites": 1024, "fashionmnist": 784, "cifar10": 3072}
+    for path in ROOT.glob("results/detection/*.json"):
+        run = json.loads(path.read_text())
+        bpd = bits_per_dim(run["test_nll"], d[run["data"]], 1.0)
+        assert run["test_bpd"] == (None if run["data"] == "sprites" else pytest.approx(bpd, abs=1e-9))
 
 
 def test_the_readme_quotes_the_measured_throughput():

@@ -21,7 +21,7 @@ def write_run(folder, test=6.5, outlier=9.0, gamma=0.005, kappa=32, outliers=("m
     folder.mkdir(parents=True, exist_ok=True)
     means = {"train": test - 0.1, "test": test} | dict.fromkeys(outliers, outlier)
     rng, d = np.random.default_rng(0), 784
-    nll = {name: (mean + 0.1 * rng.standard_normal(200) - 8) * d * np.log(2) for name, mean in means.items()}
+    nll = {name: (mean + 0.1 * rng.standard_normal(200) - np.log2(255)) * d * np.log(2) for name, mean in means.items()}
     row = {"n": 200, "bpd_iw": 1.0, "mse": 0.005, "kl": 30.0, "nll_std": 0.1 * d * np.log(2), "notes": []}
     metrics = {"config": {"batch_size": 64}, "gamma": gamma, "active_dims": kappa // 2,
                "mmd": mmd, "mmd_images": 200, "fit_images": 500,

@@ -51,7 +51,8 @@ def measure(run, args):
     training = measured(run, args)
     numbers = {"data": run.data, "alpha": run.alpha, "kappa": run.kappa, "seed": run.seed, "iters": run.iters,
                "commands": [training["command"]], "minutes": training["seconds_at_median_speed"] / 60,
-               "test_bpd": training["sets"]["test"]["bpd"], "sets": {}, "scores": {}}
+               "test_bpd": training["sets"]["test"]["bpd"], "test_nll": training["sets"]["test"]["nll"], "sets": {},
+               "scores": {}}
     for parts in ((OUTLIERS[run.data],), (REGRET_OUTLIERS[run.data], "regret")):
         out, arguments = evaluation(run, args.runs, *parts)
         if not (out / "metrics.json").exists():
@@ -90,12 +91,14 @@ def section(data, runs):
     one = runs[0]
     sets = ", ".join(f"{name} {row['n']:,}" + "".join(f" ({note})" for note in row["notes"])
                      for name, row in one["sets"].items())
+    bpd, nll = ([run[key] for run in runs] for key in ("test_bpd", "test_nll"))
+    likelihood = f"NLL {cell(nll, 0)} nats" if None in bpd else f"bpd {cell(bpd, 3)}"
     return [
         f"## Inliers: {data}", "",
         f"alpha = {one['alpha']:g}, kappa = {one['kappa']}, {one['iters']:,} steps "
         f"({statistics.median(run['minutes'] for run in runs):.1f} minutes on two CPU cores, the median over the seeds "
-        "of each one's median speed: the cores were not always free); test bpd "
-        f"{cell([run['test_bpd'] for run in runs], 3)}; {len(runs)} seeds. Images: {sets}; scores fitted to "
+        "of each one's median speed: the cores were not always free); test "
+        f"{likelihood}; {len(runs)} seeds. Images: {sets}; scores fitted to "
         f"{one['fit_images']:,} training images; `regret`: the first {REGRET_IMAGES:,} of each set.", "",
         *markdown(["outliers", "`default`", "aim", "best control", "best other score"], summary), "",
         "Each cell: AUROC, FPR95.", "", *markdown(["score", *outliers], rows), "",

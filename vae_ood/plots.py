@@ -36,28 +36,29 @@ def figure_and_axes(width=7.0, height=4.2):
     return figure, axes
 
 
-def nll_histogram(path, bpd, title):
+def nll_histogram(path, nll, unit, title):
     """Write `draw_histogram` to a file."""
     figure, axes = figure_and_axes()
-    draw_histogram(axes, bpd, title)
+    draw_histogram(axes, nll, unit, title)
     figure.savefig(path, metadata=METADATA)
 
 
-def draw_histogram(axes, bpd, title):
-    """The histograms of bits per dimension, {set: [N]} with 'train' and 'test' first, as Figs. 2 and 3. The axis is
-    linear, or linear within a bit of the inliers' median and logarithmic beyond where outliers lie far out."""
-    low, high = np.percentile(np.concatenate([np.percentile(v, (0.2, 99.5)) for v in bpd.values()]), (0, 100))
-    inliers = np.percentile(bpd["test"], (0.2, 50, 99.5))
-    label = "negative ELBO (bits per dimension; outer bins: and beyond)"
+def draw_histogram(axes, nll, unit, title):
+    """The histograms of negative ELBOs per dimension in "bits" or "nats", {set: [N]} with 'train' and 'test' first, as
+    Figs. 2 and 3. The axis is linear, or linear within a unit of the inliers' median and logarithmic beyond where
+    outliers lie far out."""
+    low, high = np.percentile(np.concatenate([np.percentile(v, (0.2, 99.5)) for v in nll.values()]), (0, 100))
+    inliers = np.percentile(nll["test"], (0.2, 50, 99.5))
+    label = f"negative ELBO ({unit} per dimension; outer bins: and beyond)"
     if far := high - low > 50 * max(inliers[2] - inliers[0], 0.1):
-        origin, label = inliers[1], f"negative ELBO (bits per dimension) above the test median, {inliers[1]:.2f}"
+        origin, label = inliers[1], f"negative ELBO ({unit} per dimension) above the test median, {inliers[1]:.2f}"
         axes.set_xscale("asinh", linear_width=1.0)
-        bpd = {name: values - origin for name, values in bpd.items()}
+        nll = {name: values - origin for name, values in nll.items()}
         edges = np.sinh(np.linspace(np.arcsinh(low - origin - 1), np.arcsinh(high - origin) * 1.02, 121))
     else:
         pad = 0.03 * max(high - low, 1e-3)
         edges = np.linspace(low - pad, high + pad, 121)
-    for i, (name, values) in enumerate(bpd.items()):
+    for i, (name, values) in enumerate(nll.items()):
         style = {"histtype": "step", "color": "black", "linewidth": 1.2} if name == "train" else {
             "alpha": 0.55, "color": f"C{i - 1}"}
         axes.hist(np.clip(values, edges[0], edges[-1]), edges, weights=np.full(len(values), 1 / len(values)),

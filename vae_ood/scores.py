@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.gaussian_log_likelihood import log_normal
+from kernels.iw_nll import log_normal
 from kernels.reparameterize import reparameterize
 from vae_ood.data import DEQUANTISATION, REGRET, generator, to_unit
 from vae_ood.likelihood import chunk_size, exact_convolutions

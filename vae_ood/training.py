@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kernels.gaussian_log_likelihood import gaussian_log_likelihood, log_normal
+from kernels.iw_nll import gaussian_log_likelihood, log_normal
 from kernels.reparameterize import reparameterize
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import RANK, WORLD, Progress, duration, out_of_memory
@@ -157,13 +157,13 @@ class Training:
 
 
 class Winner:
-    """The weights with the best bits per dimension on validation images [N, C, H, W] so far, their gamma being the
-    training MSE then. `best.pt` holds them whenever a checkpoint is saved."""
+    """The weights with the lowest NLL on validation images [N, C, H, W] so far, their gamma being the training MSE
+    then. `best.pt` holds them whenever a checkpoint is saved."""
 
     def __init__(self, args, images, path):
         self.args, self.images, self.path = args, images[:VALIDATED], path
         self.every = LOG_EVERY * max(1, args.iters // (100 * LOG_EVERY))
-        self.step, self.bpd, self.weights = 0, math.inf, None
+        self.step, self.nll, self.weights = 0, math.inf, None
 
     def resume(self, step):
         """Go on after `step`: with what best.pt holds of a step before it, where it is good."""
@@ -173,27 +173,26 @@ class Winner:
             except UserError as error:
                 print(error)
         state = from_first(load) if step else None
-        if state and state["step"] <= step and isinstance(state.get("validation_bpd"), float):
-            self.step, self.bpd, self.weights = state["step"], state["validation_bpd"], state["model"]
+        if state and state["step"] <= step and isinstance(state.get("validation_nll"), float):
+            self.step, self.nll, self.weights = state["step"], state["validation_nll"], state["model"]
 
     def compare(self, model, step):
-        """The bits per dimension after `step`, which wins if they are the fewest so far."""
-        bpd = validation_bpd(model, self.images, self.args)
-        if bpd < self.bpd:
-            self.step, self.bpd = step, bpd
+        """The NLL after `step`, which wins if it is the lowest so far."""
+        nll = validation_nll(model, self.images, self.args)
+        if nll < self.nll:
+            self.step, self.nll = step, nll
             self.weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-        return bpd
+        return nll
 
     def save(self, config, split):
         """Write best.pt."""
         if RANK == 0 and self.weights:
-            checkpoint.save_weights(self.path, self.weights, self.step, config, split, validation_bpd=self.bpd)
+            checkpoint.save_weights(self.path, self.weights, self.step, config, split, validation_nll=self.nll)
 
 
-def validation_bpd(model, images, args):
-    """The mean bits per dimension of images [N, C, H, W] by one sample of z each, always the same ones."""
-    nll = evaluate(model, images, 1, args.seed, args.dequantize)["nll"]
-    return bits_per_dim(float(nll.mean()), images[0].numel())
+def validation_nll(model, images, args):
+    """The mean negative ELBO in nats of images [N, C, H, W] by one sample of z each, always the same ones."""
+    return float(evaluate(model, images, 1, args.seed, args.dequantize)["nll"].mean())
 
 
 def train(args, images, out, device, split=None, validation=None):
@@ -270,18 +269,20 @@ def train(args, images, out, device, split=None, validation=None):
                     loss, grad_z_norm, *kl = total(torch.cat([torch.stack([loss, grad_z_norm]), kl])).tolist()
                     speed = (step - logged_step) * b / (now - logged)
                     record = {"step": step, "seconds": round(seconds_before + now - started, 3),
-                              "images_per_second": round(speed, 1), "loss": loss, "bpd": bits_per_dim(loss, d),
-                              "mse": mse.item(), "gamma": gamma.item(), "kl": sum(kl), "grad_norm": grad_norm.item(),
+                              "images_per_second": round(speed, 1), "loss": loss,
+                              "bpd": bits_per_dim(loss, d, gamma.item(), args.dequantize), "mse": mse.item(),
+                              "gamma": gamma.item(), "kl": sum(kl), "grad_norm": grad_norm.item(),
                               "grad_z_norm": grad_z_norm, "active_dims": sum(k > ACTIVE_NATS for k in kl)}
                     if winner and (step % winner.every == 0 or step == args.iters):
-                        record["validation_bpd"] = winner.compare(model, step)
+                        record["validation_nll"] = winner.compare(model, step)
                         now = time.perf_counter()  # that is no time of the next steps
                     if RANK == 0:
                         log.write(json.dumps(record) + "\n")
                         log.flush()
                     logged, logged_step = now, step
                     left = duration((now - started) / (step - first) * (args.iters - step))
-                    text = f"bpd {record['bpd']:.3f}  gamma {record['gamma']:.5f}  {speed:.0f} images/s  {left} left"
+                    shown = f"nll {loss:.1f}" if record["bpd"] is None else f"bpd {record['bpd']:.3f}"
+                    text = f"{shown}  gamma {record['gamma']:.3g}  {speed:.0f} images/s  {left} left"
                 bar.update(step, text)
                 if step in args.keep_at and RANK == 0:
                     checkpoint.save_weights(out / f"step-{step}.pt", model.state_dict(), step, config, split)
@@ -308,15 +309,15 @@ def train(args, images, out, device, split=None, validation=None):
 def settle(winner, run, config, split):
     """Take the winner's weights, with the gamma that they ask for, write best.pt, and say which step's they are."""
     model, args = run.model, run.args
-    last = validation_bpd(model, winner.images, args)
+    last = validation_nll(model, winner.images, args)
     if winner.weights is None:  # best.pt has been deleted since the last step, or no comparison was finite
         winner.step, winner.weights = args.iters, model.state_dict()
     model.load_state_dict(winner.weights)
     run.settle_gamma()
-    winner.weights, winner.bpd = model.state_dict(), validation_bpd(model, winner.images, args)
+    winner.weights, winner.nll = model.state_dict(), validation_nll(model, winner.images, args)
     winner.save(config, split)
     if winner.step == args.iters:
-        print(f"bpd {last:.3f} on {len(winner.images):,} validation images, the best yet: more steps may improve it")
+        print(f"NLL {last:.1f} nats on {len(winner.images):,} validation images, the best yet: more steps may help")
     else:
         print(f"stopped improving at step {winner.step:,} of {args.iters:,}, whose weights are kept as best.pt and "
-              f"evaluated: bpd {winner.bpd:.3f} on {len(winner.images):,} validation images, {last:.3f} after the last")
+              f"evaluated: NLL {winner.nll:.1f} nats on {len(winner.images):,} validation images, {last:.1f} at last")
