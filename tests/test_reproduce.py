@@ -188,8 +188,9 @@ def test_homotopy_fixes_gamma_at_what_the_same_seed_learned(commands, capsys, mo
     numbers = json.loads((run("homotopy", "--iters", "100", "--seeds", "3") / "homotopy.json").read_text())
     assert "CIFAR-10 instead of the paper's CelebA" in capsys.readouterr().out
     modes = [(a[a.index("--gamma") + 1], a[a.index("--seed") + 1]) for a in ran if "--no-eval" not in a]
-    assert modes == [(mode, seed) for mode in ("optimal", f"{0.01 / 64:.6g}", "homotopy") for seed in "012"]
-    assert [len(seeds) for seeds in numbers["arms"].values()] == [3, 3, 3]
+    assert modes == [(mode, seed) for mode in ("learn", f"{0.01 / 64:.6g}", "optimal", "homotopy")
+                     for seed in "012"]
+    assert [len(seeds) for seeds in numbers["arms"].values()] == [3, 3, 3, 3]
     held = {claim["claim"]: claim["held"] for claim in numbers["claims"]}
     assert held["the training reconstruction errors, learned and fixed, are within 5%, in every seed"]
     assert not held["the MMD is lower where gamma is learned, in every seed"]  # the made-up runs are equal
@@ -199,12 +200,12 @@ def test_homotopy_fixes_gamma_at_what_the_same_seed_learned(commands, capsys, mo
 
 def test_homotopy_compares_the_runs_of_one_seed(commands, tmp_path):
     run, _ = commands
-    for gamma, seed, value in (("optimal", 1, 0.02), ("fixed", 0, 0.1), ("fixed", 1, 0.01), ("homotopy", 0, 0.1)):
-        write_run(tmp_path / "runs" / Run("cifar10", 0.5, 64, seed, iters=10, gamma=gamma).folder, gamma=value,
+    for gamma, seed, value in (("learn", 1, 0.02), ("fixed", 0, 0.1), ("fixed", 1, 0.01), ("homotopy", 0, 0.1)):
+        write_run(tmp_path / "runs" / Run("cifar10", 0.25, 64, seed, iters=10, gamma=gamma).folder, gamma=value,
                   kappa=64, outliers=("svhn", "celeba"), mmd=value)
     out = run("homotopy", "--budget", "0", "--iters", "10", "--seeds", "2")
     numbers = json.loads((out / "homotopy.json").read_text())
-    assert [len(runs) for runs in numbers["arms"].values()] == [1, 1, 1]
+    assert [len(runs) for runs in numbers["arms"].values()] == [1, 1, 0, 1]
     claim = next(claim for claim in numbers["claims"] if claim["claim"].startswith("the MMD is lower"))
     assert claim["held"] is False and claim["figures"] == "20.00 and 10.00"
 
