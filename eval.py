@@ -48,11 +48,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import RANK, make_folder, pick_device
-from vae_ood.data import CORRUPTIONS, PAIRS, PRIOR, corrupt, generator, load
+from vae_ood.data import PAIRS, load
+from vae_ood.data.images import PRIOR, generator
+from vae_ood.data.synthetic import CORRUPTIONS, corrupt
 from vae_ood.detector import TRAIN_IMAGES, Calibration, finite, largest_rank, measure
-from vae_ood.groups import parts
+from vae_ood.data.groups import parts
 from vae_ood.likelihood import bits_per_dim
-from vae_ood.likeness import set_digest
+from vae_ood.data.likeness import set_digest
 from vae_ood.metrics import cross_bound, detection, false_alarm_range, latent_spectrum, mmd
 from vae_ood.model import VAE
 from vae_ood.parallel import agree, from_first, workers

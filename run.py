@@ -114,7 +114,8 @@ import numpy as np
 import torch
 
 import eval as evaluation
-from vae_ood import UserError, checkpoint, groups
+from vae_ood import UserError, checkpoint
+from vae_ood.data import groups
 from vae_ood.cli import RANK, WORLD, pick_device
 from vae_ood.data import load
 from vae_ood.parallel import agree, from_first, workers

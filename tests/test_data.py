@@ -22,10 +22,13 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from vae_ood import UserError, data
-from vae_ood.data import CORRUPTIONS, Images, convert, corrupt, fetch, generator, load, to_unit
-from vae_ood.groups import PARTS, checksum, parts
-from vae_ood.likeness import digests
+from vae_ood import UserError
+from vae_ood.data import load, official
+from vae_ood.data.groups import PARTS, checksum, parts
+from vae_ood.data.images import Images, convert, generator, to_unit
+from vae_ood.data.likeness import digests
+from vae_ood.data.official import fetch
+from vae_ood.data.synthetic import CORRUPTIONS, corrupt, render
 
 RNG = np.random.default_rng(0)
 
@@ -207,7 +210,7 @@ def serve(monkeypatch):
     def point_at(kind):
         address = f"http://127.0.0.1:{server.server_port}/{kind}/"
         key = ("mnist", "t10k-images-idx3-ubyte.gz")
-        monkeypatch.setitem(data.DOWNLOADS, key, (address, hashlib.md5(Handler.content).hexdigest()))
+        monkeypatch.setitem(official.DOWNLOADS, key, (address, hashlib.md5(Handler.content).hexdigest()))
 
     yield point_at
     server.shutdown()
@@ -235,7 +238,7 @@ def test_failed_download_leaves_nothing_and_can_be_repeated(tmp_path, serve, kin
 
 
 def test_without_a_network_one_line_names_file_address_and_folder(tmp_path, monkeypatch):
-    monkeypatch.setitem(data.DOWNLOADS, ("svhn", "test_32x32.mat"), ("http://127.0.0.1:9/", "0" * 32))
+    monkeypatch.setitem(official.DOWNLOADS, ("svhn", "test_32x32.mat"), ("http://127.0.0.1:9/", "0" * 32))
     with pytest.raises(UserError, match=r"test_32x32\.mat is missing.*127\.0\.0\.1:9/test_32x32\.mat.*svhn"):
         fetch(tmp_path / "svhn", "test_32x32.mat")
 
@@ -623,7 +626,7 @@ def test_sprites_are_deterministic_fast_and_of_the_asked_dimension():
     for factors in (2, 3, 4, 5):  # the local dimension: singular values of a tight neighbourhood of one image
         unit = np.full((400, 7), 0.5)
         unit[:, :factors] += 0.01 * (RNG.random((400, factors)) - 0.5)
-        images = data.render("sprites", unit)
+        images = render("sprites", unit)
         spectrum = np.linalg.svd(images.reshape(400, -1) - images.reshape(400, -1).mean(0), compute_uv=False)
         assert spectrum[factors - 1] > 20 * spectrum[factors]
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vae_ood import UserError, likeness
-from vae_ood.data import Images, load
-from vae_ood.groups import CALIBRATION, TRAIN, VALIDATION, checksum, group, ordered, parts, split
-from vae_ood.likeness import Nearest, connected, digests, farther, near
+from vae_ood import UserError
+from vae_ood.data import likeness, load
+from vae_ood.data.groups import CALIBRATION, TRAIN, VALIDATION, checksum, group, ordered, parts, split
+from vae_ood.data.images import Images
+from vae_ood.data.likeness import Nearest, connected, digests, farther, near
 
 SIZE = 48
 

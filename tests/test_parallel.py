@@ -21,7 +21,7 @@ import torch
 import run
 from tests.conftest import ROOT
 from vae_ood import UserError, checkpoint, parallel
-from vae_ood.data import Images
+from vae_ood.data.images import Images
 
 SMALL = ("run.py", "--alpha", 0.1, "--batch-size", 50, "--gamma", "optimal", "--lr", 1e-4, "--no-compile")
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from vae_ood import detector, groups, promise
-from vae_ood.data import Images
+from vae_ood import detector, promise
+from vae_ood.data import groups
+from vae_ood.data.images import Images
+from vae_ood.data.likeness import digests
 from vae_ood.likelihood import evaluate
-from vae_ood.likeness import digests
 from vae_ood.metrics import confident_rank, conformal_p_values
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES

@@ -11,7 +11,7 @@ import torch
 import eval as evaluation
 from vae_ood import UserError, checkpoint, detector, training
 from vae_ood.bench import plain_loss
-from vae_ood.data import batch_indices, to_unit
+from vae_ood.data.images import batch_indices, to_unit
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES
 

@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 
 from tests.test_likelihood import LinearVAE
 from vae_ood import scores
-from vae_ood.data import to_unit
+from vae_ood.data.images import to_unit
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES, Features, Part
 

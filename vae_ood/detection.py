@@ -15,7 +15,8 @@ from pathlib import Path
 
 from vae_ood import checkpoint
 from vae_ood.cli import Parser, make_folder, one_line_errors
-from vae_ood.data import CORRUPTIONS, PAIRS
+from vae_ood.data import PAIRS
+from vae_ood.data.synthetic import CORRUPTIONS
 from vae_ood.reproduce import INTERVAL, IW_SAMPLES, Run, cell, execute, markdown, measured
 from vae_ood.scores import CONTROLS, SCORES
 

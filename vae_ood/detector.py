@@ -7,9 +7,9 @@ import numpy as np
 
 from vae_ood import UserError
 from vae_ood.cli import Progress
-from vae_ood.groups import group, things_needed
+from vae_ood.data.groups import group, things_needed
+from vae_ood.data.likeness import Nearest, farther, near
 from vae_ood.likelihood import evaluate
-from vae_ood.likeness import Nearest, farther, near
 from vae_ood.metrics import confident_rank, conformal_p_values
 from vae_ood.scores import SCORES, Features
 

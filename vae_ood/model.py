@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vae_ood.data import to_unit
+from vae_ood.data.images import to_unit
 
 
 class SubPixel(torch.autograd.Function):

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vae_ood import UserError, checkpoint, groups, likeness, plots
+from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import Parser, make_folder, one_line_errors
-from vae_ood.data import load
+from vae_ood.data import groups, likeness, load
 from vae_ood.metrics import detection, false_alarm_range
 from vae_ood.reproduce import markdown
 

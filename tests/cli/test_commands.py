@@ -146,7 +146,8 @@ def test_the_readme_s_commands_for_own_images(tiny_run, tmp_path):
 @pytest.mark.parametrize("rate", [0.05, 0.2])
 def test_false_alarm_rate_on_held_out_inliers_is_the_asked_one(tiny_run, command, tmp_path, rate):
     out, _ = tiny_run
-    from vae_ood.data import generator, render
+    from vae_ood.data.images import generator
+    from vae_ood.data.synthetic import render
     unit = generator(123, 0).random((1500, 7))  # inliers that neither training nor calibration has seen
     unit[:, 4] = 0.5
     np.save(tmp_path / "new.npy", np.rint(255 * render("sprites", unit)).astype(np.uint8))

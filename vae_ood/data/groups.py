@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vae_ood import UserError
-from vae_ood.likeness import digests, near, numbered
+from vae_ood.data.likeness import digests, near, numbered
 
 PARTS = ("train", "validation", "test")  # of own images; the last one calibrates
 TRAIN, VALIDATION, CALIBRATION = range(3)
