@@ -58,7 +58,8 @@ from vae_ood.data.likeness import set_digest
 from vae_ood.metrics import cross_bound, detection, false_alarm_range, latent_spectrum, mmd
 from vae_ood.model import VAE
 from vae_ood.parallel import agree, from_first, workers
-from vae_ood.scores import CONTROLS, DECODED_OFTEN, SCORES
+from vae_ood.features import DECODED_OFTEN
+from vae_ood.scores import SCORES
 
 NO_CODE = "\N{EN DASH}"  # in place of bits per dimension
 FIT_IMAGES = 30_000  # of the training set: scores are fitted to so many, where --max-images does not say
@@ -195,12 +196,12 @@ def evaluate_outliers(model, config, sets, args, out):
           "training images")
     scores = {}
     for score in args.scores:
-        scorer = SCORES[score](fitted)
+        scorer = SCORES[score].fit(fitted)
         scores[score] = {name: finite(score, scorer(f)) for name, f in features.items()}
         rows = metrics["scores"][score] = {
             name: detection(scores[score]["test"], scores[score][name], paired=name in CORRUPTIONS)
             for name in outliers}
-        print(f"{score + ' (control)' * (SCORES[score] in CONTROLS):<27}" + "".join(
+        print(f"{score + ' (control)' * SCORES[score].control:<27}" + "".join(
             f"{row['auroc']:>10.4f}{row['fpr95']:>7.3f}" for row in rows.values()))
     if config["data"] == "sprites":
         print(f"\n{cut} of {config['kappa']} latent dimensions carry the data; the family has "
@@ -329,7 +330,8 @@ def main(args):
         if len(members) != config.get("folds", 1) and (args.score or len(members) > 1):
             raise UserError(f"{args.ckpt} holds {len(members)} of {config.get('folds', 1)} folds: give the folder of "
                             "all of them, or go on with that run with --resume")
-        decoded_once = args.score and not {SCORES[name] for name in args.scores} & set(DECODED_OFTEN)
+        reads = {feature for name in args.scores for feature in SCORES[name].reads}
+        decoded_once = args.score and not reads & set(DECODED_OFTEN)
         limit_images(args, config["shape"], config["alpha"], config["kappa"], device,
                      *((FIT_IMAGES, 1) if decoded_once else ()))
         out = Path(args.out or (args.ckpt if Path(args.ckpt).is_dir() else Path(args.ckpt).parent))

@@ -17,9 +17,10 @@ from tests.conftest import ROOT
 from tests.test_kernels_iw_nll import CL, log_of, problem, ratio
 from tests.test_kernels_reparameterize import leaves
 from vae_ood import checkpoint
+from vae_ood.features import Features
 from vae_ood.likelihood import evaluate
 from vae_ood.model import VAE
-from vae_ood.scores import SCORES, Features
+from vae_ood.scores import SCORES
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -103,6 +104,6 @@ def test_scores_are_those_of_the_cpu(models):
     for model in models:
         train, new = (Features(model, images(n), lambda n=n, model=model: evaluate(model, images(n), 4))
                       for n in (300, 50))
-        found.append({name: SCORES[name](train)(new) for name in SCORES if name != "regret"})
+        found.append({name: SCORES[name].fit(train)(new) for name in SCORES if name != "regret"})
     for name, scores in found[0].items():
         np.testing.assert_allclose(found[1][name], scores, rtol=1e-2, atol=1e-2 * np.std(scores), err_msg=name)

@@ -213,7 +213,7 @@ def test_folds_calibrate_on_every_thing():
         test = Images("test", pixels[6 * fold:6 * fold + 6], groups=label)
         calibration.add(model(), CONFIG | {"seed": 0}, {"train": train, "test": test}, new, args)
         features = [detector.measure(model(), CONFIG | {"seed": 0}, x, args, "x") for x in (train, test, new)]
-        scorer = SCORES["pixel_moments"](features[0])
+        scorer = SCORES["pixel_moments"].fit(features[0])
         held_out, scores = scorer(features[1]), scorer(features[2])
         first = scores if first is None else first
         shares = shares + sum((held_out[label == g] >= scores[:, None]).mean(1) for g in range(3))

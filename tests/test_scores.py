@@ -11,10 +11,19 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from tests.test_likelihood import LinearVAE
-from vae_ood import scores
+from vae_ood import features, scores
 from vae_ood.data.images import to_unit
+from vae_ood.densities import Gaussian, Mixture, Tail
+from vae_ood.features import Features, Part
 from vae_ood.model import VAE
-from vae_ood.scores import SCORES, Features, Part
+from vae_ood.scores import SCORES
+
+
+def fitted(density, x, **options):
+    """A density fitted to an array, rebuilt from its buffers, as a function of arrays."""
+    found = density.fit(torch.from_numpy(x), **options)
+    again = density(**found.state_dict())
+    return lambda y: again(torch.from_numpy(y)).numpy()
 
 
 def random_images(n, shape, seed=0):
@@ -24,38 +33,38 @@ def random_images(n, shape, seed=0):
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 20, 31), (1, 3, 2)])
 def test_white_noise_has_the_same_energy_in_every_band(shape):
     x = 0.1 * torch.from_numpy(np.random.default_rng(0).standard_normal((2000, *shape))).float()
-    energies = (scores.band_log_energies(x).exp() - scores.QUANTISATION).mean(0)
+    energies = (features.band_log_energies(x).exp() - features.QUANTISATION).mean(0)
     assert len(energies) % shape[0] == 0 and (energies / 0.01 - 1).abs().max() < 0.12  # four standard errors of one
     if shape[1] > 3:
         assert len(energies) == 9 * shape[0]
-    matrix = scores.dct_matrix(shape[1])
+    matrix = features.dct_matrix(shape[1])
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(shape[1]))
 
 
 def test_gray_images_have_no_colour_energy():
     x = torch.rand(5, 1, 16, 16).expand(-1, 3, -1, -1)
-    energies = scores.band_log_energies(x).unflatten(1, (3, -1))
-    torch.testing.assert_close(energies[:, 1:].exp(), torch.full_like(energies[:, 1:], scores.QUANTISATION), atol=1e-7,
-                               rtol=1e-2)
+    energies = features.band_log_energies(x).unflatten(1, (3, -1))
+    torch.testing.assert_close(energies[:, 1:].exp(), torch.full_like(energies[:, 1:], features.QUANTISATION),
+                               atol=1e-7, rtol=1e-2)
     assert energies[:, 0].min() > math.log(1e-3)
 
 
 def test_region_log_energies_are_quantiles_over_blocks():
     blocks = torch.from_numpy(np.random.default_rng(0).permutation(63)).float().add(1).reshape(1, 1, 7, 9)
     x = blocks.sqrt().repeat_interleave(4, 2).repeat_interleave(4, 3)[:, :, :26]  # the last row of blocks is cut
-    expected = (torch.quantile(torch.arange(1.0, 64), torch.tensor([0, 0.5, 1])) + scores.QUANTISATION).log()
-    torch.testing.assert_close(scores.region_log_energies(x)[0, [0, 3, 6]], expected, rtol=1e-5, atol=1e-5)
-    gray = scores.region_log_energies(x.expand(2, 3, -1, -1)).unflatten(1, (3, 7))
-    torch.testing.assert_close(gray[:, 0], scores.region_log_energies(x).expand(2, -1) + math.log(3))
-    assert gray[:, 1:].max() < math.log(scores.QUANTISATION) + 1e-3
+    expected = (torch.quantile(torch.arange(1.0, 64), torch.tensor([0, 0.5, 1])) + features.QUANTISATION).log()
+    torch.testing.assert_close(features.region_log_energies(x)[0, [0, 3, 6]], expected, rtol=1e-5, atol=1e-5)
+    gray = features.region_log_energies(x.expand(2, 3, -1, -1)).unflatten(1, (3, 7))
+    torch.testing.assert_close(gray[:, 0], features.region_log_energies(x).expand(2, -1) + math.log(3))
+    assert gray[:, 1:].max() < math.log(features.QUANTISATION) + 1e-3
 
 
 def test_high_pass_keeps_white_noise_and_no_ramp():
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((50, 3, 40, 30))).float()
-    inner = scores.high_pass(noise)[:, :, 1:-1, 1:-1]
+    inner = features.high_pass(noise)[:, :, 1:-1, 1:-1]
     assert inner.var().item() == pytest.approx(1, abs=0.03) and abs(inner.mean().item()) < 0.01
     ramp = torch.arange(12.0)[:, None] + 3 * torch.arange(9)
-    assert scores.high_pass(ramp.expand(1, 2, -1, -1))[:, :, 1:-1, 1:-1].abs().max() < 1e-4
+    assert features.high_pass(ramp.expand(1, 2, -1, -1))[:, :, 1:-1, 1:-1].abs().max() < 1e-4
 
 
 def test_gaussian_is_the_mahalanobis_distance():
@@ -63,10 +72,10 @@ def test_gaussian_is_the_mahalanobis_distance():
     x, y = (rng.standard_normal((n, 4)) @ rng.standard_normal((4, 4)) + 3 for n in (50_000, 7))
     precision = np.linalg.inv(np.cov(x.T))
     expected = np.einsum("ni,ij,nj->n", y - x.mean(0), precision, y - x.mean(0))
-    np.testing.assert_allclose(scores.gaussian(x)(y), expected, rtol=2e-3)
-    assert np.isfinite(scores.gaussian(x[:3])(y)).all()  # fewer images than dimensions
-    assert np.isfinite(scores.gaussian(np.c_[x[:9], np.zeros(9)])(np.c_[y, np.zeros(7)])).all()  # a constant
-    far = scores.gaussian(np.ones((9, 4)))(np.array([np.ones(4), np.full(4, 2)]))
+    np.testing.assert_allclose(fitted(Gaussian, x)(y), expected, rtol=2e-3)
+    assert np.isfinite(fitted(Gaussian, x[:3])(y)).all()  # fewer images than dimensions
+    assert np.isfinite(fitted(Gaussian, np.c_[x[:9], np.zeros(9)])(np.c_[y, np.zeros(7)])).all()  # a constant
+    far = fitted(Gaussian, np.ones((9, 4)))(np.array([np.ones(4), np.full(4, 2)]))
     assert far[0] == 0 < far[1] < np.inf  # nothing but constants
 
 
@@ -83,32 +92,32 @@ def test_mixture_finds_the_density_of_a_mixture():
         joint = [p.log_prob(torch.tensor(y)) + w for p, w in zip(parts, log_weights, strict=True)]
         return -torch.stack(joint).logsumexp(0).numpy()
 
-    found, test = scores.mixture(x, components=3), x[:2000]
+    found, test = fitted(Mixture, x, components=3), x[:2000]
     difference = found(test) - truth(test)
     assert np.std(difference) < 0.1 < np.std(truth(test))  # equal up to a constant
-    one = scores.mixture(x, components=1)(test)
-    np.testing.assert_allclose(one - one[0], (scores.gaussian(x)(test) - scores.gaussian(x)(test)[0]) / 2, rtol=1e-3,
+    one = fitted(Mixture, x, components=1)(test)
+    np.testing.assert_allclose(one - one[0], (fitted(Gaussian, x)(test) - fitted(Gaussian, x)(test)[0]) / 2, rtol=1e-3,
                                atol=1e-2)
-    assert np.isfinite(scores.mixture(x[:5])(test)).all()
+    assert np.isfinite(fitted(Mixture, x[:5])(test)).all()
 
 
 @pytest.mark.parametrize("shape", [0.2, 0.6])
 def test_surprise_is_minus_log_p(shape):
     rng, x = np.random.default_rng(0), np.array([0.0, 0.1, 1, 2, 4, 8, 12])
-    light = scores.surprise(rng.exponential(size=100_000))
+    light = fitted(Tail, rng.exponential(size=100_000))
     np.testing.assert_allclose(light(x), x, atol=0.05, rtol=0.05)  # of exp(1), -log p = x
-    heavy = scores.surprise(np.expm1(shape * rng.exponential(size=100_000)) / shape)  # generalised Pareto
+    heavy = fitted(Tail, np.expm1(shape * rng.exponential(size=100_000)) / shape)  # generalised Pareto
     np.testing.assert_allclose(heavy(np.expm1(shape * x) / shape), x, atol=0.05, rtol=0.1)
 
 
 def test_surprise_of_nan_is_nan():
-    assert np.isnan(scores.surprise(np.arange(30.0))(np.array([np.nan, 1]))).tolist() == [True, False]
+    assert np.isnan(fitted(Tail, np.arange(30.0))(np.array([np.nan, 1]))).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("inliers", [np.random.default_rng(0).exponential(size=50), np.ones(9), np.ones(1),
                                      np.r_[np.zeros(40), 1e9], np.arange(30.0)])
 def test_surprise_rises_and_stays_finite(inliers):
-    values = scores.surprise(inliers)(np.r_[np.linspace(-1, 60, 5000), 1e12])
+    values = fitted(Tail, inliers)(np.r_[np.linspace(-1, 60, 5000), 1e12])
     assert (np.diff(values) >= 0).all() and np.isfinite(values).all() and values[-1] > values[0]
 
 
@@ -129,8 +138,8 @@ def test_the_code_can_be_decoded(shape, monkeypatch):
             codes.append(self.inner.flush())
             return codes[-1]
 
-    monkeypatch.setattr(scores.zlib, "compressobj", Spy)
-    bits = scores.zlib_bits(image)
+    monkeypatch.setattr(features.zlib, "compressobj", Spy)
+    bits = features.zlib_bits(image)
     assert bits == 8 * sum(map(len, codes))
     rest = np.frombuffer(zlib.decompress(b"".join(codes), -15), np.uint8).reshape(shape).astype(int)
     planes = np.zeros((shape[0], shape[1] + 1, shape[2] + 1), int)
@@ -148,9 +157,9 @@ def test_the_code_can_be_decoded(shape, monkeypatch):
 
 def test_codes_are_short_for_simple_images():
     noise, constant = random_images(1, (3, 32, 32))[0].numpy(), np.full((3, 32, 32), 7, np.uint8)
-    for code in (scores.zlib_bits, scores.webp_bits):
+    for code in (features.zlib_bits, features.webp_bits):
         assert code(constant) < 1500 < 8 * noise.size * 0.98 < code(noise)
-    assert scores.code() is scores.webp_bits
+    assert features.code() is features.webp_bits
 
 
 def test_likelihood_path_is_ecod():
@@ -161,7 +170,7 @@ def test_likelihood_path_is_ecod():
         left = [-math.log((1 + (train["path"][:, j] <= row[j]).sum()) / 61) for j in range(3)]
         right = [-math.log((1 + (train["path"][:, j] >= row[j]).sum()) / 61) for j in range(3)]
         expected.append(max(sum(left), sum(right), right[0] + right[1] + left[2]))  # skewed to the right, right, left
-    np.testing.assert_allclose(SCORES["likelihood_path"](train)(x), expected)
+    np.testing.assert_allclose(SCORES["likelihood_path"].fit(train)(x), expected)
 
 
 def test_regret_is_the_encoders_gap():
@@ -183,7 +192,7 @@ def one_at_a_time(model, images):
         own = copy.deepcopy(model)
         encoder = torch.nn.ModuleList([own.encoder, own.mu, own.log_sigma]).requires_grad_(True)
         optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-4)
-        for _ in range(scores.REGRET_STEPS):
+        for _ in range(features.REGRET_STEPS):
             mu, log_sigma = own.encode(image[None])
             z = mu + log_sigma.exp() * torch.randn_like(mu)
             error = (to_unit(image[None]) - own.decode(z).sigmoid()).square().sum()
@@ -217,9 +226,9 @@ def test_every_score_takes_any_images():
         train, some = (Features(model, random_images(m, shape, m), lambda m=m: {
             "nll": np.arange(m, dtype=float), "iw_nll": np.arange(m) / 2}) for m in (n, 4))
         for name, score in SCORES.items():
-            values = score(train)(some)
+            values = score.fit(train)(some)
             assert values.shape == (4,) and np.isfinite(values).all(), name
-            np.testing.assert_allclose(score(train)(Part(some, slice(1, 3))), values[1:3], rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(score.fit(train)(Part(some, slice(1, 3))), values[1:3], rtol=1e-6, err_msg=name)
 
 
 def test_features_do_not_depend_on_the_batches(monkeypatch):
@@ -227,7 +236,7 @@ def test_features_do_not_depend_on_the_batches(monkeypatch):
     names = ("mu", "path", "residual_spectrum", "residual_fine", "image_spectrum", "image_regions", "regret")
     whole = Features(model, images, None)
     expected = [whole[name] for name in names]
-    monkeypatch.setattr(scores, "chunk_size", lambda model: 7)
+    monkeypatch.setattr(features, "chunk_size", lambda model: 7)
     parts = Features(model, images, None)
     for name, value in zip(names, expected, strict=True):
         np.testing.assert_allclose(parts[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
@@ -243,7 +252,7 @@ def made_up_features(rng, n, **shifts):
 def test_default_hears_what_one_component_says():
     """An outlier in the residual's spectrum, its regions or the latents alone scores above nearly every inlier."""
     rng = np.random.default_rng(0)
-    score = SCORES["default"](made_up_features(rng, 4000))
+    score = SCORES["default"].fit(made_up_features(rng, 4000))
     inliers = score(made_up_features(rng, 2000))
     for name in ("residual_spectrum", "residual_fine", "mu"):
         assert (score(made_up_features(rng, 200, **{name: 3.0})) > np.quantile(inliers, 0.99)).mean() > 0.95
@@ -255,13 +264,13 @@ def test_default_is_the_norm_of_what_its_components_say_of_images_that_they_were
     others, fifth = ({name: value[np.isin(np.arange(60) % 5, part)] for name, value in train.items()}
                      for part in ((0, 2, 3, 4), (1,)))
     for name in ("residual_spectrum", "residual_regions", "likelihood_path", "latents", "joint"):
-        score = SCORES[name](others)
-        total = total + scores.surprise(score(fifth))(score(some)) ** 4
-    np.testing.assert_allclose(SCORES["default"](train)(some), total**0.25)
+        score = SCORES[name].fit(others)
+        total = total + fitted(Tail, score(fifth))(score(some)) ** 4
+    np.testing.assert_allclose(SCORES["default"].fit(train)(some), total**0.25)
 
 
 def test_default_is_fitted_and_judged_on_other_things():
     groups = np.repeat(np.random.default_rng(0).permutation(20), 3)
-    kept = scores.every_fifth({"groups": groups})
+    kept = scores.every_fifth(groups)
     assert not set(groups[kept]) & set(groups[~kept]) and kept.sum() == 12
-    assert scores.every_fifth({"groups": groups // 10}).sum() == 12  # two things: every fifth image
+    assert scores.every_fifth(groups // 10).sum() == 12  # two things: every fifth image

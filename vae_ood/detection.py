@@ -76,12 +76,12 @@ def section(data, runs):
         return f"{cell(values(score, one), 4)}, {statistics.mean(values(score, one, 'fpr95')):.3f}"
 
     outliers, summary = list(runs[0]["scores"]["default"]), []
-    rows = [[score + " (control)" * (SCORES[score] in CONTROLS),
+    rows = [[score + " (control)" * (score in CONTROLS),
              *(both(score, one) if values(score, one) else "" for one in outliers)] for score in SCORES]
     for one in outliers:
         mean = {score: statistics.mean(values(score, one)) for score in SCORES if values(score, one)}
-        control = max((score.__name__ for score in CONTROLS), key=mean.get)
-        best = max((score for score in mean if SCORES[score] not in CONTROLS and score != "default"), key=mean.get)
+        control = max(CONTROLS, key=mean.get)
+        best = max((score for score in mean if score not in CONTROLS and score != "default"), key=mean.get)
         aim, ahead = AIMS[data].get(one), round(mean["default"] - mean[control], 4)
         summary.append([
             one + " (development)" * (one in DEVELOPMENT[data]), f"{mean['default']:.4f}",

@@ -9,9 +9,10 @@ from vae_ood import UserError
 from vae_ood.cli import Progress
 from vae_ood.data.groups import group, things_needed
 from vae_ood.data.likeness import Nearest, farther, near
+from vae_ood.features import Features
 from vae_ood.likelihood import evaluate
 from vae_ood.metrics import confident_rank, conformal_p_values
-from vae_ood.scores import SCORES, Features
+from vae_ood.scores import SCORES
 
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
 COMPARED = 2_000  # images that calibrate, and new ones, by how near they lie to the training images
@@ -56,7 +57,7 @@ class Calibration:
         calibration = measure(model, config, test, args, "calibration", first=n)
         features = measure(model, config, own, args, "score", first=n + len(test.pixels))
         for name in args.scores:
-            scorer = SCORES[name](fitted)
+            scorer = SCORES[name].fit(fitted)
             scores = finite(name, scorer(features))
             self.new[name] = self.new.get(name, 0) + scores
             if name == self.score:

@@ -1,0 +1,150 @@
+"""What is fitted to inliers: modules whose buffers are all they know; `type(it)(**it.state_dict())` is it again.
+
+Each is fitted by `fit(x)` to rows x [N, D], and takes rows [M, D] to one number each [M], larger where they lie farther
+out. All are float64 tensors.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+class Density(torch.nn.Module):
+    """Buffers by name."""
+
+    def __init__(self, **buffers):
+        super().__init__()
+        for name, value in buffers.items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64))
+
+
+def shrunk_covariance(x):
+    """The covariance [D, D] of x [N, D] around 0, shrunk towards a multiple of I by the oracle-approximating weight
+    (arXiv 0907.4698, equation 23) and then, by a little, towards I, so that it can be inverted however few images there
+    are, and however alike."""
+    n, d = x.shape
+    covariance = x.T @ x / n
+    trace, squares = covariance.trace(), covariance.square().sum()
+    spread = (n + 1 - 2 / d) * (squares - trace**2 / d)
+    weight = min(1.0, float(((1 - 2 / d) * squares + trace**2) / spread)) if spread > 0 else 1.0
+    return (1 - weight) * covariance + (weight * trace / d + 1e-9) * torch.eye(d, dtype=x.dtype)
+
+
+def inverse_factor(covariance):
+    """T with T T' = the inverse of the covariance."""
+    lower = torch.linalg.cholesky(covariance)
+    return torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False).T
+
+
+class Gaussian(Density):
+    """The squared Mahalanobis distance. Buffers: mean, scale [D], factor [D, D], which decorrelates scaled rows."""
+
+    @classmethod
+    def fit(cls, x):
+        mean, scale = x.mean(0), x.std(0, correction=0) + 1e-6
+        return cls(mean=mean, scale=scale, factor=inverse_factor(shrunk_covariance((x - mean) / scale)))
+
+    def whitened(self, x):
+        """Rows centred, scaled and decorrelated."""
+        return (x - self.mean) / self.scale @ self.factor
+
+    def forward(self, x):
+        return self.whitened(x).square().sum(1)
+
+
+class Mixture(Gaussian):
+    """The negative log density under a mixture of Gaussians, up to a constant. Buffers: those of the whole set's
+    Gaussian, in whose whitened coordinates it lies; log_weights [K], means [K, D], factors [K, D, D]."""
+
+    @classmethod
+    def fit(cls, x, components=10, steps=50, seed=0):
+        """By expectation maximisation, from the clusters of k-means. Each covariance has the prior weight of D images
+        of covariance I, the whole set's; there are fewer components where one would have less than 4 D images."""
+        whole = Gaussian.fit(x)
+        z = whole.whitened(x)
+        n, d = z.shape
+        k = max(1, min(components, n // (4 * d)))
+        centres = z[torch.from_numpy(np.random.default_rng(seed).permutation(n)[:k])]
+        for _ in range(10):
+            nearest = torch.cdist(z, centres).argmin(1)
+            centres = torch.stack([z[nearest == j].mean(0) if (nearest == j).any() else centres[j] for j in range(k)])
+        share, eye, before = F.one_hot(nearest, k).double(), torch.eye(d, dtype=z.dtype), -math.inf
+        for _ in range(steps):
+            count = share.sum(0)
+            weights, means = (count + 1) / (n + k), share.T @ z / count.clamp(min=1e-9)[:, None]
+            factors = []
+            for j in range(k):
+                centred = z - means[j]
+                scatter = (centred * share[:, j:j + 1]).T @ centred
+                factors.append(inverse_factor((scatter + d * eye) / (count[j] + d)))
+            found = cls(**whole.state_dict(), log_weights=weights.log(), means=means, factors=torch.stack(factors))
+            joint = found.log_joint(z)
+            log_density = joint.logsumexp(1, keepdim=True)
+            share, mean = (joint - log_density).exp(), log_density.mean().item()
+            if mean - before < 1e-3:  # nats an image
+                break
+            before = mean
+        return found
+
+    def log_joint(self, z):
+        """The log of each component's weight times its density, of whitened rows [M, D], up to a constant [M, K]."""
+        return torch.stack([
+            log_weight + factor.diagonal().log().sum() - 0.5 * ((z - mean) @ factor).square().sum(1)
+            for log_weight, mean, factor in zip(self.log_weights, self.means, self.factors, strict=True)], 1)
+
+    def forward(self, x):
+        return -self.log_joint(self.whitened(x)).logsumexp(1)
+
+
+class ECOD(Density):
+    """Tail probabilities (arXiv 2201.00382): the largest of the sums over columns of -log of the left, of the right and
+    of the skewer tails' probabilities. Buffers: columns [D, N], sorted; skewed_left [D]."""
+
+    @classmethod
+    def fit(cls, x):
+        return cls(columns=x.T.contiguous().sort(1).values, skewed_left=((x - x.mean(0)) ** 3).mean(0) < 0)
+
+    def forward(self, x):
+        n, values = self.columns.shape[1], x.T.contiguous()
+        left, right = (-((1 + count) / (n + 1)).log() for count in (
+            torch.searchsorted(self.columns, values, right=True), n - torch.searchsorted(self.columns, values)))
+        skewer = torch.where(self.skewed_left.bool()[:, None], left, right)
+        return torch.stack([tails.sum(0) for tails in (left, right, skewer)]).amax(0)
+
+
+class Typicality(Density):
+    """How far a value [M, 1] lies from the mean, either side. Buffer: mean."""
+
+    @classmethod
+    def fit(cls, x):
+        return cls(mean=x.mean())
+
+    def forward(self, x):
+        return (x[:, 0] - self.mean).abs()
+
+
+class Tail(Density):
+    """-log p of a score [M], where p is the share of inliers that score at least as high; beyond their largest tenth a
+    generalised Pareto tail (peaks over threshold), exponential or heavier, by the probability-weighted moments of
+    Hosking and Wallis (doi 10.1080/00401706.1987.10488243). Buffers: inliers [N], sorted; threshold, shape, scale."""
+
+    SHARE = 0.1
+
+    @classmethod
+    def fit(cls, x):
+        """To inliers' scores [N]."""
+        inliers = x.sort().values
+        threshold = inliers.quantile(1 - cls.SHARE)
+        excess = inliers[inliers >= threshold] - threshold
+        n, mean = len(excess), excess.mean().clamp(min=1e-12)
+        beyond = 1 - (torch.arange(n, dtype=x.dtype) + 0.65) / n  # the probability beyond each
+        shape = (2 - mean / (mean - 2 * (excess * beyond).mean())).clamp(1e-9, 0.99)
+        return cls(inliers=inliers, threshold=threshold, shape=shape, scale=mean * (1 - shape))
+
+    def forward(self, x):
+        n, share = len(self.inliers), -math.log(self.SHARE)
+        p = (n - torch.searchsorted(self.inliers, x.contiguous()) + 0.5) / (n + 1)
+        beyond = (self.shape * (x - self.threshold).clamp(min=0) / self.scale).log1p() / self.shape
+        return torch.where(x <= self.threshold, (-p.log()).clamp(max=share), share + beyond)
