@@ -108,7 +108,7 @@ class ECOD(Density):
 
     def forward(self, x):
         n, values = self.columns.shape[1], x.T.contiguous()
-        left, right = (-((1 + count) / (n + 1)).log() for count in (
+        left, right = (-((1 + count.double()) / (n + 1)).log() for count in (
             torch.searchsorted(self.columns, values, right=True), n - torch.searchsorted(self.columns, values)))
         skewer = torch.where(self.skewed_left.bool()[:, None], left, right)
         return torch.stack([tails.sum(0) for tails in (left, right, skewer)]).amax(0)
