@@ -22,8 +22,8 @@ RECIPES = {  # the paper's section 4; and ours, tuned on training and inlier tes
 GRAY = ("sprites", "fashionmnist", "mnist")  # take twice the learning rate, at which CIFAR-10 diverges at alpha = 1
 
 
-def parse_args():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_data_arguments(parser):
+    """What is trained on."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="sprites", metavar="NAME|PATH", help="sprites (default), fashionmnist, mnist, "
                        "cifar10, svhn, celeba, or a folder of pictures, a .npy or a .npz")
@@ -43,6 +43,10 @@ def parse_args():
                        "detector: 1/FPR - 1 things are held out at least (default 0.05: 19)")
     group.add_argument("--folds", type=positive_int, default=1, metavar="K", help="train K models, each without a K-th "
                        "of the things, so that all calibrate: where there are few")
+
+
+def add_training_arguments(parser):
+    """The model, and how it is trained."""
     group = parser.add_argument_group("model")
     group.add_argument("--alpha", type=positive_float, help="multiplies the channels 64, 128, 256 (default 1; sprites "
                        "0.25)")
@@ -68,6 +72,13 @@ def parse_args():
                        "CUDA; on a CPU it gained nothing)")
     group.add_argument("--amp", action="store_true", help="train under bfloat16 autocast")
     group.add_argument("--no-eval", action="store_true", help="train only")
+
+
+def parse_args():
+    """The arguments, complete: what the recipe says where a flag does not."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    add_training_arguments(parser)
     add_evaluation_arguments(parser)
     args = parser.parse_args()
 
@@ -113,8 +124,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import eval as evaluation
-from vae_ood import UserError, checkpoint
+from vae_ood import UserError, checkpoint, evaluation
 from vae_ood.data import groups
 from vae_ood.cli import RANK, WORLD, pick_device
 from vae_ood.data import load
@@ -204,7 +214,7 @@ def train_and_evaluate(args, sets, split, out, device, files=None):
                 strict=True))
         model, config = train(args, images.pixels, out, device, split, validation.pixels if validation else None)
         if not args.no_eval:
-            evaluation.evaluate_outliers(model, config, sets, args, out)
+            evaluation.evaluate(model, config, sets, args, out)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
-from vae_ood import UserError, checkpoint, detector, training
+from vae_ood import UserError, checkpoint, detector, evaluation, training
 from vae_ood.bench import plain_loss
 from vae_ood.data.images import batch_indices, to_unit
 from vae_ood.model import VAE
@@ -161,7 +160,7 @@ def test_scores_are_fitted_to_more_training_images_than_are_evaluated(tmp_path, 
     sets = evaluation.load_inliers(config, args)
     sets["test"] = sets["noise"] = sets["test"].first(15)
     model = VAE((1, 32, 32), 0.05, 3).eval().requires_grad_(False)
-    evaluation.evaluate_outliers(model, config, sets, args, tmp_path)
+    evaluation.evaluate(model, config, sets, args, tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert len(seen[0]) == metrics["fit_images"] == fitted and metrics["sets"]["train"]["n"] == evaluated
     rows = (tmp_path / "scores.csv").read_text().splitlines()

@@ -145,6 +145,6 @@ class Tail(Density):
 
     def forward(self, x):
         n, share = len(self.inliers), -math.log(self.SHARE)
-        p = (n - torch.searchsorted(self.inliers, x.contiguous()) + 0.5) / (n + 1)
+        p = (n - torch.searchsorted(self.inliers, x.contiguous()).double() + 0.5) / (n + 1)
         beyond = (self.shape * (x - self.threshold).clamp(min=0) / self.scale).log1p() / self.shape
         return torch.where(x <= self.threshold, (-p.log()).clamp(max=share), share + beyond)

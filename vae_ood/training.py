@@ -195,6 +195,104 @@ def validation_nll(model, images, args):
     return float(evaluate(model, images, 1, args.seed, args.dequantize)["nll"].mean())
 
 
+class Loop:
+    """The steps of a run from where its checkpoint in `out` stopped, with their log and the checkpoints."""
+
+    def __init__(self, run, out, config, split, validation):
+        self.run, self.args, self.out, self.config, self.split = run, run.args, out, config, split
+        self.ckpt, self.losses = out / "ckpt.pt", []  # the losses since the last check
+        self.step, self.seconds, self.saved_step = checkpoint.resume(self.ckpt, config, run.model, run.optimizer)
+        self.winner = None if validation is None else Winner(self.args, validation, out / "best.pt")
+        if self.winner:
+            self.winner.resume(self.step)
+        if RANK == 0:
+            checkpoint.write_atomic(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+            if not self.step:
+                (out / "best.pt").unlink(missing_ok=True)
+
+    def expect(self):
+        """Say what the steps that are left will take."""
+        args, left, device = self.args, self.args.iters - self.step, self.run.images.device.type
+        expected = self.run.warm_up(self.step) * left
+        hint = "; --recipe fast needs a fraction of that" if device == "cpu" and args.recipe == "paper" else ""
+        print(f"{sum(p.numel() for p in self.run.model.parameters()):,} parameters, {len(self.run.images):,} training "
+              f"images, {left:,} steps of {args.batch_size} on {device}{f' x {WORLD}' if WORLD > 1 else ''}: about "
+              f"{duration(expected)}{hint}", flush=True)
+
+    def check(self):
+        """UserError if one of the losses since the last check, or a parameter, is not finite."""
+        values, self.losses = total(torch.stack(self.losses)).tolist(), []
+        bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+        if bad or not all(p.isfinite().all() for p in self.run.trained):
+            what = f"the loss is {values[bad[0]]}" if bad else "a parameter is not finite"
+            where = self.step - len(values) + 1 + bad[0] if bad else self.step
+            kept = f" ({self.ckpt} keeps the last good state)" if self.saved_step is not None else ""
+            raise UserError(f"training diverged: {what} at step {where}; try a smaller --lr{kept}")
+
+    def save(self):
+        """Write ckpt.pt, and best.pt."""
+        if self.winner:
+            self.winner.save(self.config, self.split)
+        if RANK == 0:
+            checkpoint.save(self.ckpt, self.run.model, self.run.optimizer, self.step, self.config,
+                            self.seconds + time.perf_counter() - self.started, self.saved_step, self.args.keep,
+                            self.split)
+        self.saved_step, self.saved = self.step, time.perf_counter()
+
+    def go(self, signals):
+        """Step until the end, or until a signal has come."""
+        args, run, text, stopped = self.args, self.run, "", False
+        self.first = self.logged_step = self.step
+        self.started = self.saved = self.logged = time.perf_counter()
+        bar = Progress(args.iters, self.step)
+        try:
+            with nullcontext() if RANK else checkpoint.open_log(self.out / "log.jsonl", self.step) as log:
+                while self.step < args.iters and not stopped:
+                    loss, mse, *others = run.backward(self.step)
+                    logging = (self.step + 1) % LOG_EVERY == 0 or self.step + 1 in (1, args.iters)
+                    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in run.trained]) if logging else None
+                    run.update(self.step, mse)
+                    self.losses.append(loss)
+                    self.step += 1
+                    overdue = time.perf_counter() - self.saved > args.checkpoint_seconds
+                    stopped, saving = any_worker(bool(signals), RANK == 0 and overdue)
+                    if logging or saving or self.step in args.keep_at:
+                        self.check()
+                    if logging:
+                        text = self.log(log, loss, mse, *others, grad_norm)
+                    bar.update(self.step, text)
+                    if self.step in args.keep_at and RANK == 0:
+                        checkpoint.save_weights(self.out / f"step-{self.step}.pt", run.model.state_dict(), self.step,
+                                                self.config, self.split)
+                    if saving:
+                        self.save()
+            if self.losses:
+                self.check()
+        finally:
+            bar.close()
+
+    def log(self, file, loss, mse, gamma, kl, grad_z_norm, grad_norm):
+        """Write the line of a step; gives what the progress bar says."""
+        args, now, d = self.args, time.perf_counter(), math.prod(self.config["shape"])
+        loss, grad_z_norm, *kl = total(torch.cat([torch.stack([loss, grad_z_norm]), kl])).tolist()
+        speed = (self.step - self.logged_step) * args.batch_size / (now - self.logged)
+        record = {"step": self.step, "seconds": round(self.seconds + now - self.started, 3),
+                  "images_per_second": round(speed, 1), "loss": loss,
+                  "bpd": bits_per_dim(loss, d, gamma.item(), args.dequantize), "mse": mse.item(), "gamma": gamma.item(),
+                  "kl": sum(kl), "grad_norm": grad_norm.item(), "grad_z_norm": grad_z_norm,
+                  "active_dims": sum(k > ACTIVE_NATS for k in kl)}
+        if self.winner and (self.step % self.winner.every == 0 or self.step == args.iters):
+            record["validation_nll"] = self.winner.compare(self.run.model, self.step)
+            now = time.perf_counter()  # that is no time of the next steps
+        if RANK == 0:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+        self.logged, self.logged_step = now, self.step
+        left = duration((now - self.started) / (self.step - self.first) * (args.iters - self.step))
+        shown = f"nll {loss:.1f}" if record["bpd"] is None else f"bpd {record['bpd']:.3f}"
+        return f"{shown}  gamma {record['gamma']:.3g}  {speed:.0f} images/s  {left} left"
+
+
 def train(args, images, out, device, split=None, validation=None):
     """Train on uint8 images [N, C, H, W] to args.iters, checkpointing to `out`; returns (model, config).
 
@@ -208,102 +306,25 @@ def train(args, images, out, device, split=None, validation=None):
     if split:
         config |= {"group_by": args.group_by, "folds": args.folds, "range": args.range}
     run = Training(args, images, device)
-    model, optimizer, n, d, b = run.model, run.optimizer, len(images), images[0].numel(), args.batch_size
-    ckpt = out / "ckpt.pt"
-    step, seconds_before, saved_step = checkpoint.resume(ckpt, config, model, optimizer)
-    if RANK == 0:
-        checkpoint.write_atomic(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
-    winner = None if validation is None else Winner(args, validation, out / "best.pt")
-    if winner:
-        winner.resume(step)
-    if RANK == 0 and not step:
-        (out / "best.pt").unlink(missing_ok=True)
-
-    def check(losses):
-        """UserError if one of the losses since the last check, or a parameter, is not finite."""
-        values = total(torch.stack(losses)).tolist()
-        bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
-        if bad or not all(p.isfinite().all() for p in run.trained):
-            what = f"the loss is {values[bad[0]]}" if bad else "a parameter is not finite"
-            where = step - len(values) + 1 + bad[0] if bad else step
-            raise UserError(f"training diverged: {what} at step {where}; try a smaller --lr"
-                            + (f" ({ckpt} keeps the last good state)" if saved_step is not None else ""))
-
-    def save():
-        if winner:
-            winner.save(config, split)
-        if RANK == 0:
-            checkpoint.save(ckpt, model, optimizer, step, config, seconds_before + time.perf_counter() - started,
-                            saved_step, args.keep, split)
-        return step
-
-    signals = []
+    loop, signals = Loop(run, out, config, split, validation), []
     handlers = {s: signal.signal(s, lambda number, frame: signals.append(number))
                 for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = Progress(args.iters, step)
     try:
-        if step < args.iters:
-            expected = run.warm_up(step) * (args.iters - step)
-            hint = "; --recipe fast needs a fraction of that" if device.type == "cpu" and args.recipe == "paper" else ""
-            print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {n:,} training images, "
-                  f"{args.iters - step:,} steps of {b} on {device.type}{f' x {WORLD}' if WORLD > 1 else ''}: about "
-                  f"{duration(expected)}{hint}", flush=True)
-        first, losses, text, stopped = step, [], "", False
-        started = saved = logged = time.perf_counter()
-        logged_step = step
-        with nullcontext() if RANK else checkpoint.open_log(out / "log.jsonl", step) as log:
-            while step < args.iters and not stopped:
-                loss, mse, gamma, kl, grad_z_norm = run.backward(step)
-                logging = (step + 1) % LOG_EVERY == 0 or step + 1 in (1, args.iters)
-                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in run.trained]) if logging else None
-                run.update(step, mse)
-                losses.append(loss)
-                step += 1
-                overdue = time.perf_counter() - saved > args.checkpoint_seconds
-                stopped, saving = any_worker(bool(signals), RANK == 0 and overdue)
-                if logging or saving or step in args.keep_at:
-                    check(losses)
-                    losses = []
-                if logging:
-                    now = time.perf_counter()
-                    loss, grad_z_norm, *kl = total(torch.cat([torch.stack([loss, grad_z_norm]), kl])).tolist()
-                    speed = (step - logged_step) * b / (now - logged)
-                    record = {"step": step, "seconds": round(seconds_before + now - started, 3),
-                              "images_per_second": round(speed, 1), "loss": loss,
-                              "bpd": bits_per_dim(loss, d, gamma.item(), args.dequantize), "mse": mse.item(),
-                              "gamma": gamma.item(), "kl": sum(kl), "grad_norm": grad_norm.item(),
-                              "grad_z_norm": grad_z_norm, "active_dims": sum(k > ACTIVE_NATS for k in kl)}
-                    if winner and (step % winner.every == 0 or step == args.iters):
-                        record["validation_nll"] = winner.compare(model, step)
-                        now = time.perf_counter()  # that is no time of the next steps
-                    if RANK == 0:
-                        log.write(json.dumps(record) + "\n")
-                        log.flush()
-                    logged, logged_step = now, step
-                    left = duration((now - started) / (step - first) * (args.iters - step))
-                    shown = f"nll {loss:.1f}" if record["bpd"] is None else f"bpd {record['bpd']:.3f}"
-                    text = f"{shown}  gamma {record['gamma']:.3g}  {speed:.0f} images/s  {left} left"
-                bar.update(step, text)
-                if step in args.keep_at and RANK == 0:
-                    checkpoint.save_weights(out / f"step-{step}.pt", model.state_dict(), step, config, split)
-                if saving:
-                    saved_step = save()
-                    saved = time.perf_counter()
-        if losses:
-            check(losses)
-        if step == args.iters:
+        if loop.step < args.iters:
+            loop.expect()
+        loop.go(signals)
+        if loop.step == args.iters:
             run.settle_gamma()
-        save()
+        loop.save()
         stopped, = any_worker(bool(signals))
     finally:
-        bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if stopped:
-        raise KeyboardInterrupt(f"step {step:,} is saved in {ckpt}: the same command with --resume goes on")
-    if winner:
-        settle(winner, run, config, split)
-    return model.eval().requires_grad_(False), config
+        raise KeyboardInterrupt(f"step {loop.step:,} is saved in {loop.ckpt}: the same command with --resume goes on")
+    if loop.winner:
+        settle(loop.winner, run, config, split)
+    return run.model.eval().requires_grad_(False), config
 
 
 def settle(winner, run, config, split):
