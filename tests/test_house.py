@@ -1,0 +1,54 @@
+"""The house: what may use what, and how long things may be (vae_ood/README.md)."""
+
+import ast
+
+import pytest
+
+from tests.conftest import ROOT
+
+ORDER = ("cli", "parallel", "data", "metrics", "model", "checkpoint", "likelihood", "training", "features", "densities",
+         "scores", "detector", "plots", "evaluation", "reproduce", "detection", "promise", "bench")
+LABORATORY = ORDER[ORDER.index("reproduce"):]
+FILES = [path for folder in ("vae_ood", "kernels", "theory") for path in (ROOT / folder).rglob("*.py")]
+FILES += [ROOT / "run.py", ROOT / "eval.py"]
+
+
+def imported(path):
+    """[(dotted module, name)] of what a file imports, anywhere in it; the name is None of `import module`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+
+
+def part_of(module, name=None):
+    """The part of vae_ood that an import takes from, or None."""
+    first, *rest = module.split(".")
+    if first != "vae_ood":
+        return None
+    return rest[0] if rest else name if name in ORDER else None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    place = path.relative_to(ROOT).with_suffix("").parts
+    used = {part_of(*one) for one in imported(path)} - {None}
+    modules = {module.split(".")[0] for module, _ in imported(path)}
+    assert not modules & {"run", "eval"}
+    if place[0] == "kernels":
+        assert not modules & {"vae_ood", "theory"}
+    elif place[0] == "vae_ood" and place[1] != "__init__":
+        assert place[1] in ORDER and all(ORDER.index(one) <= ORDER.index(place[1]) for one in used), used
+        assert "theory" not in modules
+    else:
+        assert not used & set(LABORATORY)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short_and_private_names_private(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 350
+    assert not [node.name for node in ast.walk(ast.parse(text))
+                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60]
+    assert not [name for module, name in imported(path) if name and name.startswith("_") and module != "__future__"]
