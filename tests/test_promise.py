@@ -100,9 +100,9 @@ def test_the_readme_quotes_the_page():
     def flagged(pattern):
         runs = [json.loads(path.read_text()) for path in (RESULTS / "promise").glob(f"{pattern}.json")]
         return [100 * run["flagged"] / run["n"] for run in runs]
-    section = (ROOT / "README.md").read_text().split("### The false-alarm rate")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text().split("## Your own images")[1].split("\n## ")[0]
     for pattern, words in (("tiles_given_folders_none_s?", "flagged {:.0f} to {:.0f}% of the ordinary"),
-                           ("tiles_*_folders_s?", "flags {:.1f} to {:.1f}%")):
+                           ("tiles_*_folders_s?", "it flags {:.1f} to {:.1f}%")):
         rates = flagged(pattern)
         assert words.format(min(rates), max(rates)) in " ".join(section.split())
 

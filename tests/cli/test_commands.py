@@ -119,14 +119,17 @@ def test_score_own_images(tiny_run, command, tmp_path):
 
 
 def test_the_readme_s_commands_for_own_images(tiny_run, tmp_path):
-    section = (ROOT / "README.md").read_text().split("## Flag outliers in your own images")[1].split("\n## ")[0]
-    script = "\n".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL))
+    def commands(page, heading):
+        section = (ROOT / page).read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+        return "\n".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL))
+    script = commands("README.md", "Two commands") + commands(
+        "vae_ood/README.md", "An example without pictures of your own")
     assert "--out runs/photos" in script
     script = script.replace("--out runs/photos", "--iters 30 --alpha 0.1 --no-eval --out runs/photos")  # not 10,000
     for name in ("run.py", "eval.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(tiny_run[0], tmp_path / "runs/sprites_a0.25_k16_s0")
-    for folder, kinds, n in (("photos", ("sprites",), 300), ("new_photos", ("sprites", "noise"), 20)):
+    for folder, kinds, n in (("photos", ("sprites",), 300), ("new", ("sprites", "noise"), 20)):
         (tmp_path / folder).mkdir()
         for kind in kinds:
             for i, image in enumerate(load(kind, "train", shape=(1, 16, 16)).pixels[-n:, 0].numpy()):
@@ -134,12 +137,12 @@ def test_the_readme_s_commands_for_own_images(tiny_run, tmp_path):
     result = subprocess.run(["sh", "-ec", script], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={
         **os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
     assert result.returncode == 0, result.stdout + result.stderr
-    photos = rows(tmp_path / "runs/photos/score-new_photos/scores.csv")
+    photos = rows(tmp_path / "runs/photos/score-new/scores.csv")
     assert len(photos) == 40 and {row["outlier"] for row in photos if row["file"].startswith("noise")} == {"1"}
     new = rows(tmp_path / "runs/sprites_a0.25_k16_s0/score-new/scores.csv")
     flagged = [int(row["outlier"]) for row in new]
     assert len(new) == 530 and sum(flagged[:500]) <= 18 and sum(flagged[510:520]) >= 9  # 1%, and the discs
-    for folder in ("photos/score-new_photos", "sprites_a0.25_k16_s0/score-new"):
+    for folder in ("photos/score-new", "sprites_a0.25_k16_s0/score-new"):
         assert np.asarray(Image.open(tmp_path / "runs" / folder / "outliers.png")).std() > 5
 
 
