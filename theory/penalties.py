@@ -20,11 +20,6 @@ class Penalty:
     derivative: Callable
     slope: float
 
-    @property
-    def bounded(self):
-        """Whether the slope at zero is finite."""
-        return math.isfinite(self.slope)
-
 
 identity = Penalty("u", lambda u: u, torch.ones_like, 1.0)
 indicator = Penalty("1[u > 0]", lambda u: (u > 0).to(u.dtype), torch.zeros_like, math.inf)

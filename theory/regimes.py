@@ -34,9 +34,10 @@ not on test points, where the encoder proposes wrong z: it is an upper bound, th
 import math
 
 import torch
+from torch.nn.functional import pad
 
 from theory import Report, parse
-from theory.circle import auroc, circle
+from theory.circle import auroc, circle, uniform
 from theory.vae import FLOOR, VAE, best_of
 from vae_ood.cli import one_line_errors
 from vae_ood.metrics import ACTIVE_NATS
@@ -45,11 +46,6 @@ SPAN = 0.75 * math.pi  # of the arc, to both sides of its middle, which points l
 SETS = 200  # points of each evaluation set
 IW_SAMPLES = 256
 STARTS = {"d": 8, "control": 4}  # of a seed: half of those of (d) keep a second dimension active, at a higher loss
-
-
-def uniform(n, low, high, generator):
-    """n numbers in [low, high)."""
-    return low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
 
 
 def either_sign(n, generator):
@@ -75,20 +71,15 @@ def beside_tips(n, generator):
     return circle(math.pi + SPAN * s, 1 + beyond * either_sign(n, generator))
 
 
-def in_space(x):
-    """x [n, 2] in the plane x_3 = 0, [n, 3]."""
-    return torch.cat([x, torch.zeros(len(x), 1, dtype=x.dtype)], 1)
-
-
 def arc(n, generator):
-    """Points of the arc, [n, 3]."""
-    return in_space(circle(math.pi + uniform(n, -SPAN, SPAN, generator)))
+    """Points of the arc in its plane, [n, 2]."""
+    return circle(math.pi + uniform(n, -SPAN, SPAN, generator))
 
 
 def beside_arc(n, generator):
-    """Points 0.05 to 0.2 off the arc to either side, [n, 3]."""
+    """Points 0.05 to 0.2 off the arc to either side in its plane, [n, 2]."""
     radii = 1 + uniform(n, 0.05, 0.2, generator) * either_sign(n, generator)
-    return in_space(circle(math.pi + uniform(n, -SPAN, SPAN, generator), radii))
+    return circle(math.pi + uniform(n, -SPAN, SPAN, generator), radii)
 
 
 def hollow(n, generator):
@@ -119,16 +110,17 @@ PREDICTIONS = {  # of gamma (to 0 or not, None: nothing said), overfitting, trou
 def measure(panel, steps, seeds):
     """Train a panel's VAE and measure it: (model, sets of points, figures a seed each)."""
     inliers, kappa, _, hidden, n = PANELS[panel]
-    flat, draws = inliers is crescent, []
+    d, beside = (2, beside_tips) if inliers is crescent else (3, beside_arc)
+    draws = []
     for seed in range(seeds):
         g = torch.Generator().manual_seed(seed)
-        draws.append({"train": inliers(n, g), "test": inliers(SETS, g),
-                      "hollow": hollow(SETS, g) if flat else in_space(hollow(SETS, g)),
-                      "beside": (beside_tips if flat else beside_arc)(SETS, g)})
-    sets = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}  # [S, n, d]
+        draws.append({"train": inliers(n, g), "test": inliers(SETS, g), "hollow": hollow(SETS, g),
+                      "beside": beside(SETS, g)})
+    # [S, n, d], where d = 3 in the plane x_3 = 0
+    sets = {name: torch.stack([pad(draw[name], (0, d - 2)) for draw in draws]) for name in draws[0]}
     starts = STARTS.get(panel, 1)
     repeated = sets["train"].repeat_interleave(starts, 0)
-    model = VAE(2 if flat else 3, kappa, hidden, starts * seeds).fit(repeated, steps)
+    model = VAE(d, kappa, hidden, starts * seeds).fit(repeated, steps)
     active = (model.kl_per_dim(repeated) > ACTIVE_NATS).sum(1).view(seeds, starts)
     model = best_of(starts, repeated, model)
     points = [x[:, :SETS] for x in sets.values()]

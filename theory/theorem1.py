@@ -2,400 +2,142 @@
 
     python -m theory.theorem1 [--quick] [--out DIR]        under a minute on two cores
 
-The supplement's toy: n points x = pi(t) = eps * (t, t^2) of a curve, t in [0.5, 0.9], so 0 < |x_j| < eps; the decoder
-mu_x(z; theta) = theta * pi(clip(z_1, 0, 1)) + (1 - theta) * (z_1, z_2), theta in [0, 1]; kappa = d = 2. Equation 4 is
-
-    L(Z, theta) = h(E) + (h(U_1) + h(U_2)) / 2,   E = sum |x - mu_x|^2 / (2 n),   U_k = sum z_k^2 / n,
-
-to be minimised over Z [n, 2] and theta. The optimal sparse reconstruction, E = 0 with one nonzero row of Z, is
-theta = 1, z = (t, 0): U = (m1, 0), where m1 = mean t^2, and costs h(m1) / 2. The dense one, theta = 0, z = x, has
-U = eps^2 (m1, m2), where m2 = mean t^4, and costs (h(eps^2 m1) + h(eps^2 m2)) / 2. With h(0) = 0 they are equal where
-
-    u^p:             eps^2p = m1^p / (m1^p + m2^p)
-    log(1 + u / d):  d = eps^4 m1 m2 / (m1 - eps^2 (m1 + m2)), about eps^4 m2, from (m1 + d) d = prod_k (eps^2 m_k + d)
-    bounded:         h(m1) = h(eps^2 m1) + h(eps^2 m2), which has a root in (0, 1), as h(0) < h(m1) < h(m1) + h(m2);
-                     for u / (u + tau), v = eps^2 solves v^2 m1 m2 (m1 + 2 tau) + v tau^2 (m1 + m2) = m1 tau^2,
-                     and for log(1 + u / tau), v^2 m1 m2 + v tau (m1 + m2) = m1 tau
-
-and the sparse one is the cheaper above that eps* (or below that d). As tau -> 0, eps*^2 is proportional to tau for
-u / (u + tau) and 1 - exp(-u / tau), eps*^4 for log(1 + u / tau): eps* falls as the slope to the power -1/2, or -1/4.
-The zero-error dense solution is not the best dense one: where the error is free, sparsity needs a larger eps (or a
-smaller d) still, so that the closed forms of the bounded penalties and of log(u + d) are bounds there.
-
-With E = 0 imposed, nothing else competes: for theta < 1 it forces z_1 = r t, r = eps / (theta eps + 1 - theta), and
-z_2 = eps t^2 (1 - theta r^2) / (1 - theta), and both grow with theta, so theta = 0 is the cheapest of these.
-
-Otherwise zero error is a further demand. Replace z_1 = t by (1 - s) t: the penalty falls by about s m1 h'(m1), while
-E is O(s^2), and h(E) is O(s^2) if h'(0) is bounded, O(s^2p) for u^p. So the sparse solution is a global minimum at no
-eps for a bounded penalty that still rises at m1, h'(m1) > 0 (one that is flat there, as 1 - exp(-u / tau) with a small
-tau is in float64, has it above its eps*, and like every bounded one fails below), nor for u^p with p > 1/2. The same
-holds of the dense one, z = (1 - s) x. For p < 1/2 the error term protects both; at p = 1/2 it grows like the gain, and
-the minimum is found to be exact. Hence an unbounded slope is necessary, as the theorem says, and not sufficient: u^p
-fails for p > 1/2 at every eps and for p <= 1/2 below its eps*, which tends to 0 with p.
-
-Global minimisation: L is a concave, non-decreasing function of (E, U_1, U_2), so its minimum over all (Z, theta) is
-taken at a point that minimises some linear function w . (E, U_1, U_2), w >= 0. For given w and theta that one separates
-into the n points; z_2 is in closed form, and z_1 is found on a grid. A grid of w serves every h; then w = the gradient
-of L at the best point so far, where the linear function bounds L from above, refines it. Random starts, and starts
-near the two analytic solutions, check it to 1e-4, which is what the grids of theta and z_1 leave.
-
-The VAE (equation 1) on the same decoder: the mean over the points of KL + (E_q |x - mu_x(z)|^2 / gamma +
-2 log(2 pi gamma)) / 2. To reconstruct through z_k it needs sigma_k^2 = O(gamma), which costs -log(sigma_k) in the KL;
-where mu_x does not depend on z_k, sigma_k = 1 costs nothing. So as gamma -> 0 its energy is
-(d - #active) / 2 * log(gamma) + O(1): bounded for the dense solution, and without bound for the sparse one, which so
-wins at every eps. (A point at t = 1 would be reconstructed by every z_1 >= 1, at a cost in KL of o(log gamma), and so
-steepen the slope: t ends at 0.9 here.)
+`theory.sparse` holds the toy, the predictions with their derivation, and the minimisation; here they are compared.
 """
 
-import functools
 import math
 
 import numpy as np
 import torch
 
-from kernels.reparameterize import kl_per_dim
-from theory import Report, parse
+from theory import Report, parse, sparse
 from theory.penalties import exponential, identity, indicator, logarithm, power, ratio
 from vae_ood.cli import one_line_errors
 
-T = torch.linspace(0.5, 0.9, 8, dtype=torch.float64)
-M1, M2 = float(T.square().mean()), float(T.pow(4).mean())
-THETA = torch.cat([torch.linspace(0, 0.9, 10), torch.tensor([0.95, 0.99, 0.999, 1])]).double()
+FAMILIES = (ratio, exponential, logarithm)  # of bounded slope, 1 / tau
 
 
-def curve(t, eps):
-    """pi(t) = eps (t, t^2), [..., 2]."""
-    return eps * torch.stack([t, t.square()], -1)
-
-
-def decode(z, theta, eps):
-    """The decoder's mean of z [..., n, 2] under theta [...]."""
-    theta = theta[..., None, None]
-    return theta * curve(z[..., 0].clamp(0, 1), eps) + (1 - theta) * z
-
-
-def terms(z, theta, eps):
-    """(E, U_1, U_2) of z [..., n, 2] and theta [...], [..., 3]."""
-    error = (curve(T, eps) - decode(z, theta, eps)).square().sum(-1).mean(-1) / 2
-    return torch.cat([error[..., None], z.square().mean(-2)], -1)
-
-
-def cost(penalty, e):
-    """Equation 4 of (E, U_1, U_2) [..., 3]."""
-    h = penalty.h(e)
-    return h[..., 0] + (h[..., 1] + h[..., 2]) / 2
-
-
-def analytic(eps):
-    """(E, U_1, U_2, theta) of the sparse and the dense solution, and of z = 0 and z = (x_1, 0) at theta = 0, [4, 4]."""
-    a, b = eps**2 * M1, eps**2 * M2
-    return torch.tensor([[0, M1, 0, 1], [0, a, b, 0], [(a + b) / 2, 0, 0, 0], [b / 2, a, 0, 0]], dtype=torch.float64)
-
-
-@functools.lru_cache(2)
-def residuals(eps):
-    """On a grid of z_1 [z1], before z_2 has its say: squared residuals of x_1 and residuals of x_2, [m, point, z1]."""
-    z1 = torch.cat([eps * torch.linspace(0, 1, 121), torch.linspace(eps, 1.05, 121)]).double()
-    theta = THETA[:, None, None]
-    x, clipped = curve(T, eps)[..., None], z1.clamp(0, 1)
-    first = x[:, 0] - theta * eps * clipped - (1 - theta) * z1
-    return z1, first.square(), x[:, 1] - theta * eps * clipped.square()
-
-
-def linear_minima(w1, w2, eps):
-    """(E, U_1, U_2, theta) that minimises E + w1 U_1 + w2 U_2 over Z at each THETA, for scalars w1 and w2: [m, 4]."""
-    z1, first, second = residuals(eps)
-    slope = (1 - THETA)[:, None, None]
-    ridge = (slope.square() + 2 * w2).clamp_min(1e-300)
-    least = torch.addcmul(first, second.square(), (2 * w2).clamp_min(1e-300) / ridge)  # 2 (E + w2 U_2) at the best z_2
-    best = (least + 2 * w1 * z1.square()).argmin(-1, keepdim=True)
-    first, second = first.gather(-1, best), second.gather(-1, best)
-    z2 = second * slope / ridge
-    error = (first + (second - slope * z2).square()) / 2
-    means = [v.squeeze(-1).mean(-1) for v in (error, z1[best].square(), z2.square())]
-    return torch.stack([*means, THETA], -1)
-
-
-def extreme_points(eps):
-    """Candidates for the minimum of every penalty, (E, U_1, U_2, theta) [N, 4]: `analytic`, the sparse solution shrunk,
-    and the minimisers of a grid of linear functions."""
-    shrink = 1 - torch.logspace(-9, -0.5, 120, dtype=torch.float64)[:, None]
-    shrunk = terms(torch.stack([shrink * T, torch.zeros(120, len(T)).double()], -1), torch.ones(120).double(), eps)
-    w = torch.logspace(-7, 5, 17, dtype=torch.float64) * eps**2
-    grid = [linear_minima(w1, w2, eps) for w1 in w for w2 in w]
-    return torch.cat([analytic(eps), torch.cat([shrunk, torch.ones(120, 1)], 1), *grid])
-
-
-def minimum(penalty, eps, points=None):
-    """The global minimum: (cost, (E, U_1, U_2, theta)); `points` are those of `extreme_points(eps)`."""
-    points = extreme_points(eps) if points is None else points
-    lowest, best = math.inf, None
-    while True:
-        values = cost(penalty, points[:, :3])
-        if float(values.min()) >= lowest * (1 - 1e-7):
-            return lowest, best
-        lowest, best = float(values.min()), points[values.argmin()]
-        slopes = penalty.derivative(best[:3].clamp_min(1e-12))
-        points = linear_minima(*torch.nan_to_num(slopes[1:] / 2 / slopes[0]), eps)
-
-
-def constrained_minimum(penalty, eps):
-    """The minimum over theta in [0, 1] and all Z of zero reconstruction error: (cost, theta)."""
-    theta = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    rate = (eps / (theta * eps + 1 - theta))[:, None]
-    z2 = torch.where(theta[:, None] < 1, eps * T.square() * (1 - theta[:, None] * rate.square()), 0.0)
-    z2 = z2 / (1 - theta[:, None]).clamp_min(1e-300)
-    e = terms(torch.stack([rate * T, z2], -1), theta, eps)
-    assert float(e[:, 0].max()) < 1e-20
-    values = cost(penalty, torch.cat([torch.zeros_like(e[:, :1]), e[:, 1:]], 1))
-    return float(values.min()), float(theta[values.argmin()])
-
-
-def is_sparse(point, eps):
-    """Whether (E, U_1, U_2, theta) is the optimal sparse reconstruction, to the last bit."""
-    return torch.equal(point, analytic(eps)[0])
-
-
-def nearly_sparse(point):
-    """Whether its shape is that of the sparse one, up to a small error: z_1 of order t and z_2 negligible."""
-    return bool(point[1] > M1 / 4 and point[2] < 1e-3 * point[1])
-
-
-def random_starts(penalty, eps, starts=32, steps=600, seed=0):
-    """The lowest cost that Adam reaches from random Z and theta, a quarter of them near the sparse solution and a
-    quarter near the dense one. It descends on h(u + s), s falling from 1e-2 to 1e-12, with u^0.05 for the indicator;
-    the costs are of h itself, also with z_2 = 0."""
-    g = torch.Generator().manual_seed(seed)
-    z = torch.rand(starts, len(T), 2, generator=g, dtype=torch.float64)
-    z *= torch.tensor([1.0, eps], dtype=torch.float64)[torch.randint(0, 2, (starts, 1, 1), generator=g)]
-    theta = torch.rand(starts, generator=g, dtype=torch.float64)
-    near, quarter = 1 + 0.1 * torch.randn(starts, len(T), 2, generator=g, dtype=torch.float64), starts // 4
-    z[:quarter] = near[:quarter] * torch.stack([T, torch.zeros_like(T)], -1)
-    z[quarter:2 * quarter] = near[quarter:2 * quarter] * curve(T, eps)
-    theta[:quarter], theta[quarter:2 * quarter] = 0.999, 0.001
-    z.requires_grad_()
-    theta.requires_grad_()
-    optimizer = torch.optim.Adam([z, theta], lr=0.03)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    smooth = power(0.05) if penalty == indicator else penalty
-    for step in range(steps):
-        optimizer.zero_grad()
-        cost(smooth, terms(z, theta, eps) + 1e-2 * 1e-10 ** (step / steps)).sum().backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            theta.clamp_(0, 1)
-    with torch.no_grad():
-        flat = torch.stack([z[..., 0], torch.zeros_like(z[..., 1])], -1)
-        return float(torch.minimum(*(cost(penalty, terms(v, theta, eps)) for v in (z, flat))).min())
-
-
-def crossover(wins, low=1e-6, high=1.0, precision=1e-4):
-    """The value in (low, high) above which `wins` is true, by bisection on a log scale, to that relative precision."""
-    for _ in range(math.ceil(math.log2(math.log(high / low) / precision))):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if wins(middle) else (middle, high)
-    return math.sqrt(low * high)
-
-
-def predicted_power(p):
-    """eps* of u^p."""
-    return (M1**p / (M1**p + M2**p)) ** (1 / (2 * p))
-
-
-def predicted_delta(eps):
-    """delta* of log(u + delta)."""
-    return eps**4 * M1 * M2 / (M1 - eps**2 * (M1 + M2))
-
-
-def predicted_bounded(family, tau):
-    """eps* of a bounded penalty with zero error imposed."""
-    if family is exponential:  # Newton's method on e^(-v m1 / tau) + e^(-v m2 / tau) = 1 + e^(-m1 / tau), convex in v
-        v = 0.0
-        for _ in range(100):
-            a, b = math.exp(-v * M1 / tau), math.exp(-v * M2 / tau)
-            v += (a + b - 1 - math.exp(-M1 / tau)) / (a * M1 + b * M2) * tau
-        return math.sqrt(v)
-    a, b, c = ((M1 * M2 * (M1 + 2 * tau), tau**2 * (M1 + M2), M1 * tau**2) if family is ratio else
-               (M1 * M2, tau * (M1 + M2), M1 * tau))
-    return math.sqrt(2 * c / (b + math.sqrt(b * b + 4 * a * c)))
-
-
-def vae_energy(mu, log_sigma, theta, log_gamma, eps, noise=None):
-    """Equation 1 in nats, mean over the points: mu, log_sigma [..., n, 2], theta, log_gamma [...] -> [...].
-
-    The expectation over z_2 is exact; that over z_1 by 64-point Gauss-Hermite quadrature, or, for training, the mean
-    over the standard normal `noise` [S, ..., n].
-    """
-    if noise is None:
-        nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(64))
-        noise, weights = nodes.view(-1, *[1] * (mu.dim() - 1)), weights / weights.sum()
-    else:
-        weights = torch.full((len(noise),), 1 / len(noise), dtype=torch.float64)
-    z1 = mu[..., 0] + log_sigma[..., 0].exp() * noise
-    z = torch.stack([z1, mu[..., 1].expand_as(z1)], -1)
-    error = (curve(T, eps) - decode(z, theta, eps)).square().sum(-1)  # [S, ..., n]
-    error = torch.tensordot(weights, error, 1) + (1 - theta[..., None]).square() * (2 * log_sigma[..., 1]).exp()
-    kl = kl_per_dim(mu, log_sigma).sum(-1)
-    return (0.5 * error / log_gamma.exp()[..., None] + log_gamma[..., None] + math.log(2 * math.pi) + kl).mean(-1)
-
-
-def vae_minimum(theta, log_gammas, eps):
-    """The least energy over q(z|x) at fixed theta for each of the log_gammas, from the sparse (theta = 1) or the dense
-    solution."""
-    z = torch.stack([T, torch.zeros_like(T)], -1) if theta else curve(T, eps)
-    theta, energies = torch.tensor(float(theta), dtype=torch.float64), []
-    for log_gamma in log_gammas:
-        sigma = (log_gamma.exp() / ((eps if theta else 1) ** 2 + log_gamma.exp())).sqrt().expand(len(T), 1)
-        log_sigma = torch.cat([sigma, torch.ones_like(sigma) if theta else sigma], 1).log()
-        shift = torch.zeros_like(z).requires_grad_()  # in units of sigma
-        scale = torch.zeros_like(z).requires_grad_()
-        optimizer = torch.optim.LBFGS([shift, scale], max_iter=200, line_search_fn="strong_wolfe",
-                                      tolerance_grad=1e-10, tolerance_change=1e-14)
-
-        def closure(log_gamma=log_gamma, log_sigma=log_sigma, shift=shift, scale=scale, optimizer=optimizer):
-            optimizer.zero_grad()
-            energy = vae_energy(z + log_sigma.exp() * shift, log_sigma + scale, theta, log_gamma, eps)
-            energy.backward()
-            return energy
-
-        optimizer.step(closure)
-        energies.append(float(closure().detach()))
-    return energies
-
-
-def train_vae(eps, seeds=8, steps=6000, samples=16):
-    """Train q(z|x), theta and gamma by Adam on equation 1 with sampled z, from random starts and gamma = 1; returns
-    theta, gamma, the KLs of both dimensions in nats and the energy, a row a seed [seeds, 5]."""
-    g = torch.Generator().manual_seed(0)
-    mu = torch.randn(seeds, len(T), 2, generator=g, dtype=torch.float64).requires_grad_()
-    log_sigma = torch.zeros(seeds, len(T), 2, dtype=torch.float64).requires_grad_()
-    theta = torch.rand(seeds, generator=g, dtype=torch.float64).requires_grad_()
-    log_gamma = torch.zeros(seeds, dtype=torch.float64).requires_grad_()
-    optimizer = torch.optim.Adam([mu, log_sigma, theta, log_gamma], lr=0.02)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        noise = torch.randn(samples, seeds, len(T), generator=g, dtype=torch.float64)
-        vae_energy(mu, log_sigma, theta, log_gamma, eps, noise).sum().backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            theta.clamp_(0, 1)
-    with torch.no_grad():
-        kl = kl_per_dim(mu, log_sigma).mean(1)
-        energy = vae_energy(mu, log_sigma, theta, log_gamma, eps)
-        return torch.stack([theta, log_gamma.exp(), kl[:, 0], kl[:, 1], energy], 1)
-
-
-def main():
-    """The command."""
-    args = parse(__doc__.splitlines()[0], "half of the slopes, and random starts at one eps instead of two")
-    report = Report("theorem1")
-    numbers = {"m1": M1, "m2": M2, "n": len(T)}
-    families = (ratio, exponential, logarithm)
-
+def check_minima(report, scales):
+    """The global minimum for eleven penalties, and whether random starts end below it; a row of figures for each."""
     print("Global minima (E relative to that of z = 0; nonzero rows: above 1e-6 of the larger):")
-    numbers["minima"] = []
-    penalties = [identity, *(family(tau) for family in families for tau in (0.1, 0.03)), *map(power, (0.75, 0.5, 0.1)),
+    penalties = [identity, *(family(tau) for family in FAMILIES for tau in (0.1, 0.03)), *map(power, (0.75, 0.5, 0.1)),
                  indicator]
-    worst = -math.inf
-    for eps in (0.6,) if args.quick else (0.6, 0.1):
-        points = extreme_points(eps)
+    rows = []
+    for eps in scales:
         for penalty in penalties:
-            lowest, best = minimum(penalty, eps, points)
-            reached = random_starts(penalty, eps)
-            worst = max(worst, 1 - reached / lowest)
-            rows = int((best[1:3] > 1e-6 * best[1:3].max()).sum())
-            kind = "optimal sparse" if is_sparse(best, eps) else "not optimal sparse"
-            error = float(best[0] / analytic(eps)[2, 0])
-            print(f"  eps {eps:g}  h {penalty.name:19}  cost {lowest:.5g}  theta {float(best[3]):.3g}  "
-                  f"nonzero rows {rows}  E {error:.2g}  {kind}; best random start {reached:.5g}")
-            numbers["minima"].append({"eps": eps, "penalty": penalty.name, "cost": lowest, "theta": float(best[3]),
-                                      "nonzero_rows": rows, "relative_error": error, "kind": kind,
-                                      "best_start": reached})
+            lowest, best = sparse.minimum(penalty, eps)
+            row = {"eps": eps, "penalty": penalty.name, "cost": lowest, "theta": float(best[3]),
+                   "nonzero_rows": int((best[1:3] > 1e-6 * best[1:3].max()).sum()),
+                   "relative_error": float(best[0] / sparse.analytic(eps)[2, 0]),
+                   "kind": "optimal sparse" if sparse.is_sparse(penalty, eps) else "not optimal sparse",
+                   "best_start": sparse.random_starts(penalty, eps)}
+            print("  eps {eps:g}  h {penalty:19}  cost {cost:.5g}  theta {theta:.3g}  nonzero rows {nonzero_rows}  "
+                  "E {relative_error:.2g}  {kind}; best random start {best_start:.5g}".format(**row))
+            rows.append(row)
+    worst = max(1 - row["best_start"] / row["cost"] for row in rows)
     report.check("no start ends below the reported minimum by more than 1e-4 of it, the resolution of its grids",
                  f"the best start is {abs(worst):.1e} {'below' if worst > 0 else 'above'}", worst < 1e-4)
+    return rows
 
-    numbers["power"] = []
+
+def check_powers(report):
+    """u^p: the eps above which the sparse solution wins; [p, predicted, measured] for each p."""
+    rows = []
     for p in (0.5, 0.25, 0.1):
-        predicted, measured = predicted_power(p), crossover(lambda eps, p=p: is_sparse(minimum(power(p), eps)[1], eps),
-                                                             0.01)
-        numbers["power"].append([p, predicted, measured])
+        predicted = sparse.predicted_power(p)
+        measured = sparse.crossover(lambda eps, p=p: sparse.is_sparse(power(p), eps), 0.01)
+        off = abs(measured / predicted - 1)
+        rows.append([p, predicted, measured])
         report.check(f"u^{p:g}: the global minimum is the optimal sparse one above eps* = {predicted:.5g} only",
-                     f"{measured:.5g}, {abs(measured / predicted - 1):.1e} off", abs(measured / predicted - 1) < 0.02)
-    errors = [float(minimum(power(p), eps)[1][0]) for p in (0.6, 0.75, 0.9) for eps in (0.1, 0.5, 0.9, 0.99)]
+                     f"{measured:.5g}, {off:.1e} off", off < 0.02)
+    errors = [float(sparse.minimum(power(p), eps)[1][0]) for p in (0.6, 0.75, 0.9) for eps in (0.1, 0.5, 0.9, 0.99)]
     report.check("u^p with p = 0.6, 0.75, 0.9: no global minimum has zero error, though the slope at 0 is unbounded",
                  f"{errors.count(0)} of {len(errors)} have; E from {min(errors):.1e} to {max(errors):.1e}",
                  0 not in errors)
+    return rows
 
-    numbers["bounded"] = []  # slope, eps* predicted and measured with zero error imposed, measured of equation 4
-    for family, exponent in zip(families, (-1 / 2, -1 / 2, -1 / 4), strict=True):
-        stars = []
-        for tau in 10.0 ** -np.array([0, 4, 5] if args.quick else range(6)):
-            penalty, predicted = family(tau), predicted_bounded(family, tau)
-            imposed = crossover(lambda eps, penalty=penalty: constrained_minimum(penalty, eps)[1] == 1)
-            free = crossover(lambda eps, h=penalty: nearly_sparse(minimum(h, eps)[1]), predicted / 2, 1, 1e-3)
+
+def check_bounded(report, powers_of_ten):
+    """Bounded slopes 1 / tau, these powers of ten: the eps above which the sparse solution wins. For each family its
+    name and [slope, predicted, measured with zero error imposed, measured of equation 4] for each slope."""
+    rows = []
+    for family, exponent in zip(FAMILIES, (-1 / 2, -1 / 2, -1 / 4), strict=True):
+        stars, name = [], family.__name__
+        for tau in 10.0 ** -np.array(powers_of_ten):
+            penalty, predicted = family(tau), sparse.predicted_bounded(family, tau)
+            imposed = sparse.crossover(lambda eps, h=penalty: sparse.constrained_minimum(h, eps)[1] == 1)
+            free = sparse.crossover(lambda eps, h=penalty: sparse.nearly_sparse(h, eps), predicted / 2, 1, 1e-3)
             stars.append([penalty.slope, predicted, imposed, free])
-        numbers["bounded"].append([family.__name__, stars])
+        rows.append([name, stars])
         off = max(abs(imposed / predicted - 1) for _, predicted, imposed, _ in stars)
-        report.check(f"{family.__name__}, zero error imposed: one row wins only above eps*, in closed form",
+        report.check(f"{name}, zero error imposed: one row wins only above eps*, in closed form",
                      f"{off:.1e} off at most, over slopes 1 to 1e5", off < 0.02)
         ratios = [free / predicted for _, predicted, _, free in stars]
-        report.check(f"{family.__name__}, equation 4: nothing near the sparse shape below that eps*, at any slope",
+        report.check(f"{name}, equation 4: nothing near the sparse shape below that eps*, at any slope",
                      f"from {min(ratios):.3f} to {max(ratios):.3f} times eps*", min(ratios) > 0.999)
         for kind, i in (("zero error imposed", 2), ("equation 4", 3)):
             fitted = math.log(stars[-1][i] / stars[-2][i]) / math.log(10)
-            report.check(f"{family.__name__}, {kind}: the crossover falls as the slope to the power {exponent:g}",
+            report.check(f"{name}, {kind}: the crossover falls as the slope to the power {exponent:g}",
                          f"{fitted:.4f} between slopes 1e4 and 1e5", abs(fitted / exponent - 1) < 0.02)
-    errors = [float(minimum(family(tau), eps)[1][0]) for family in families for tau in (1.0, 0.1) for eps in (0.1, 0.9)]
+    errors = [float(sparse.minimum(family(tau), eps)[1][0])
+              for family in FAMILIES for tau in (1.0, 0.1) for eps in (0.1, 0.9)]
     report.check("bounded, equation 4: no global minimum has zero error, at slopes 1 and 10",
                  f"{errors.count(0)} of {len(errors)} have; E from {min(errors):.1e} to {max(errors):.1e}",
                  0 not in errors)
+    return rows
 
-    numbers["logarithm"] = []
+
+def check_logarithm(report):
+    """log(u + delta): the delta below which the sparse shape wins; [eps, predicted, measured] for each eps."""
+    rows = []
     for eps in (0.01, 0.03, 0.1, 0.3):
-        predicted, points = predicted_delta(eps), extreme_points(eps)
-        measured = crossover(lambda d, e=eps, p=points: not nearly_sparse(minimum(logarithm(d), e, p)[1]),
-                             eps**4 / 100, eps**4 * 100)
-        numbers["logarithm"].append([eps, predicted, measured])
+        predicted = sparse.predicted_delta(eps)
+        measured = sparse.crossover(lambda delta, eps=eps: not sparse.nearly_sparse(logarithm(delta), eps),
+                                    eps**4 / 100, eps**4 * 100)
+        rows.append([eps, predicted, measured])
         where = "delta*" if eps <= 0.1 else "a delta below delta*"  # there the free error tells
         report.check(f"log(u + delta), eps {eps:g}: the sparse shape wins below {where} = {predicted:.4g} only "
-                     f"(eps^4 m2 = {eps**4 * M2:.4g})", f"{measured:.4g}, {measured / predicted - 1:+.1e} off",
+                     f"(eps^4 m2 = {eps**4 * sparse.M2:.4g})", f"{measured:.4g}, {measured / predicted - 1:+.1e} off",
                      abs(measured / predicted - 1) < 0.02 if eps <= 0.1 else measured < predicted)
+    return rows
 
-    best = [minimum(indicator, eps) for eps in (1e-3, 0.1, 0.9)]
+
+def check_indicator_and_zero_error(report):
+    """The indicator finds the sparse solution at every eps; which penalties do so where zero error is imposed."""
+    best = [sparse.minimum(indicator, eps) for eps in (1e-3, 0.1, 0.9)]
     report.check("indicator: theta = 1, one row, zero error, cost 1/2, at eps 0.001, 0.1 and 0.9",
                  f"costs {[lowest for lowest, _ in best]}, thetas {[float(point[3]) for _, point in best]}",
                  all(lowest == 0.5 and point[3] == 1 and point[0] == point[2] == 0 for lowest, point in best))
     for penalty, wins in ((power(0.1), True), (indicator, True), (power(0.5), False), (identity, False),
                           (ratio(0.01), False), (exponential(0.01), False), (logarithm(0.01), False)):
-        theta = constrained_minimum(penalty, 0.1)[1]
+        theta = sparse.constrained_minimum(penalty, 0.1)[1]
         report.check(f"{penalty.name}, zero error imposed, eps 0.1: {'one row wins' if wins else 'two rows win'}",
                      f"theta {theta:g}", (theta == 1) == wins)
 
-    eps = 0.02
-    lost = [nearly_sparse(minimum(family(tau), eps)[1]) for family in families for tau in (1, 0.1, 0.01, 1e-3)]
+
+def check_vae(report, eps=0.02):
+    """The VAE's energy as gamma -> 0 at both solutions, and what training finds where autoencoders fail."""
     log_gammas = torch.logspace(-4, -12, 9, dtype=torch.float64).log()
-    energies = {"sparse": vae_minimum(1, log_gammas, eps), "dense": vae_minimum(0, log_gammas, eps)}
-    numbers["vae"] = {"eps": eps, "gamma": log_gammas.exp().tolist(), "energy": energies}
+    energies = {kind: [sparse.vae_minimum(theta, log_gamma, eps) for log_gamma in log_gammas]
+                for kind, theta in (("sparse", 1), ("dense", 0))}
     for kind, predicted in (("sparse", 0.5), ("dense", 0.0)):
         slope = (energies[kind][-1] - energies[kind][4]) / float(log_gammas[-1] - log_gammas[4])
         report.check(f"VAE, {kind} solution: the energy rises by {predicted:g} nats per unit of log gamma, gamma -> 0",
                      f"{slope:.5f} between gamma 1e-8 and 1e-12", abs(slope - predicted) < 0.025)
-    trained = train_vae(eps)
-    numbers["vae"]["trained"] = dict(zip(("theta", "gamma", "kl_1", "kl_2", "energy"), trained.T.tolist(), strict=True))
+    trained = sparse.train_vae(eps)
     theta, gamma, kl_1, kl_2, energy = trained.T
-    excess = energy - torch.tensor(vae_minimum(1, gamma.log(), eps))
-    small = gamma < 1e-3 * curve(T, eps).var(0, correction=0).mean()
+    excess = energy - torch.tensor([sparse.vae_minimum(1, log_gamma, eps) for log_gamma in gamma.log()])
+    small = gamma < 1e-3 * sparse.curve(sparse.T, eps).var(0, correction=0).mean()
     found = int(((theta > 0.99) & (kl_1 > 0.05) & (kl_2 < 0.05) & small & (excess.abs() < 0.05)).sum())
+    others = [sparse.nearly_sparse(family(tau), eps) for family in FAMILIES for tau in (1, 0.1, 0.01, 1e-3)]
     report.check(f"VAE trained at eps {eps:g}: theta = 1, z_1 alone active, gamma below 1e-3 of the data's variance, "
-                 f"the energy that of the sparse solution to 0.05 nats, where all of the {len(lost)} autoencoders with "
-                 "slopes of 1 to 1000 fail",
-                 f"{found} of {len(trained)} seeds, gamma {float(trained[:, 1].min()):.1e} to "
-                 f"{float(trained[:, 1].max()):.1e}; {sum(lost)} autoencoders find it",
-                 found == len(trained) and not any(lost))
-    report.finish(args.out, numbers, lambda: draw(numbers))
+                 f"the energy that of the sparse solution to 0.05 nats, where all of the {len(others)} autoencoders "
+                 "with slopes of 1 to 1000 fail",
+                 f"{found} of {len(trained)} seeds, gamma {float(gamma.min()):.1e} to {float(gamma.max()):.1e}; "
+                 f"{sum(others)} autoencoders find it", found == len(trained) and not any(others))
+    names = ("theta", "gamma", "kl_1", "kl_2", "energy")
+    return {"eps": eps, "gamma": log_gammas.exp().tolist(), "energy": energies,
+            "trained": dict(zip(names, trained.T.tolist(), strict=True))}
 
 
 def draw(numbers):
@@ -403,11 +145,10 @@ def draw(numbers):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 4), layout="constrained")
     bounded, powers, energy = figure.subplots(1, 3)
-    for i, (name, stars) in enumerate(numbers["bounded"]):
+    formulas = (r"$u / (u + \tau)$", r"$1 - e^{-u / \tau}$", r"$\log(1 + u / \tau)$")  # of FAMILIES
+    for i, (formula, (_, stars)) in enumerate(zip(formulas, numbers["bounded"], strict=True)):
         slope, predicted, imposed, free = zip(*stars, strict=True)
-        formula = {"ratio": r"$u / (u + \tau)$", "exponential": r"$1 - e^{-u / \tau}$",
-                   "logarithm": r"$\log(1 + u / \tau)$"}
-        bounded.loglog(slope, predicted, color=f"C{i}", label=formula[name])
+        bounded.loglog(slope, predicted, color=f"C{i}", label=formula)
         bounded.loglog(slope, imposed, "o", color=f"C{i}", fillstyle="none")
         bounded.loglog(slope, free, "+", color=f"C{i}")
     bounded.plot([], [], "ko", fillstyle="none", label="zero error imposed")
@@ -415,7 +156,7 @@ def draw(numbers):
     bounded.set(xlabel=r"slope at zero, $h'(0) = 1 / \tau$", ylabel=r"$\epsilon^*$",
                 title="bounded slope:\n" r"the sparse solution loses below $\epsilon^*$")
     p = np.linspace(0.02, 0.5, 100)
-    powers.semilogy(p, [predicted_power(float(v)) for v in p], color="C3", label="closed form")
+    powers.semilogy(p, sparse.predicted_power(p), color="C3", label="closed form")
     powers.semilogy(*zip(*[(p, measured) for p, _, measured in numbers["power"]], strict=True), "o", color="C3",
                     fillstyle="none", label="global minimum")
     powers.axvspan(0.5, 1, color="0.9")
@@ -432,6 +173,20 @@ def draw(numbers):
     for axes in (bounded, powers, energy):
         axes.legend(frameon=False)
     return figure
+
+
+def main():
+    """The command."""
+    args = parse(__doc__.splitlines()[0], "half of the slopes, and random starts at one eps instead of two")
+    report = Report("theorem1")
+    numbers = {"m1": sparse.M1, "m2": sparse.M2, "n": len(sparse.T)}
+    numbers["minima"] = check_minima(report, (0.6,) if args.quick else (0.6, 0.1))
+    numbers["power"] = check_powers(report)
+    numbers["bounded"] = check_bounded(report, [0, 4, 5] if args.quick else range(6))
+    numbers["logarithm"] = check_logarithm(report)
+    check_indicator_and_zero_error(report)
+    numbers["vae"] = check_vae(report)
+    report.finish(args.out, numbers, lambda: draw(numbers))
 
 
 if __name__ == "__main__":
