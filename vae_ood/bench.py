@@ -88,10 +88,10 @@ def matrix_product(device, shape, alpha):
 def training(device, shape, alpha):
     """Seconds a step of run.py's own loop, logging included."""
     pixels = images(2048, shape)
-    args = SimpleNamespace(**dict.fromkeys(CONFIG), keep=1, recipe="fast", compile=None,
-                           checkpoint_seconds=math.inf, keep_at=[])
-    vars(args).update(alpha=alpha, kappa=KAPPA, gamma="learn", schedule="constant", batch_size=BATCH, lr=1e-4, seed=0,
-                      amp=False)
+    args = SimpleNamespace(**dict.fromkeys(CONFIG) | {
+        "alpha": alpha, "kappa": KAPPA, "gamma": "learn", "schedule": "constant", "batch_size": BATCH, "lr": 1e-4,
+        "seed": 0, "amp": False, "recipe": "fast", "keep": 1, "keep_at": [], "compile": None,
+        "checkpoint_seconds": math.inf})
 
     def measure(steps):
         args.iters = steps
@@ -162,50 +162,52 @@ def repeated(step, device):
 
 
 def serve(connection, threads, device_name, make, *arguments):
-    """In a process of its own: answer each number of steps by what `make`'s function measures."""
+    """In a process of its own: answer each number of steps by what `make`'s function measures, or by why it cannot."""
     try:
         device = torch.device(device_name) if make is plain else pick_device(device_name)
         torch.set_num_threads(threads)
         measure = make(device, *arguments)
-        measure(3)  # compiles, and warms up
-        connection.send(None)
         while steps := connection.recv():
             connection.send(measure(steps))
     except Exception as error:  # torch.compile without a compiler, say
         connection.send(f"{type(error).__name__}: {str(error)[:200]}")
 
 
-def answer(connection, what, steps=0, needed=True):
-    """What the process that times `what` sends, of some steps; where it failed, UserError if it is needed, else why."""
+def ask(connection, what, steps):
+    """The seconds of a step from the process that times `what`; UserError where it failed."""
     try:
-        if steps:
-            connection.send(steps)
+        connection.send(steps)
         value = connection.recv()
     except (EOFError, BrokenPipeError):
         value = "its process was killed: is there enough memory?"
     if isinstance(value, str):
-        if needed:
-            raise UserError(f"timing the {what} failed ({value})")
-        print(f"`{what}` could not run: {value}\n", file=sys.stderr)
+        raise UserError(f"timing the {what} failed ({value})")
     return value
 
 
 def timings(shape, alpha, args, device):
-    """{what: median seconds} of everything at one shape and alpha; what could not run is left out."""
+    """{what: median seconds} of everything at one shape and alpha; compiled variants that could not run are left
+    out."""
     jobs = {"matrix product": (matrix_product,), "training": (training,), "network": (network,),
             "likelihood": (likelihood,)} | {variant: (plain, variant) for variant in PLAIN}
-    context, workers, seconds = multiprocessing.get_context("spawn"), {}, {}
+    context, workers = multiprocessing.get_context("spawn"), {}
     for what, (make, *rest) in jobs.items():
-        ours, theirs = context.Pipe()
+        workers[what], theirs = context.Pipe()
         context.Process(target=serve, daemon=True, args=(
             theirs, torch.get_num_threads(), device.type, make, shape, alpha, *rest)).start()
         theirs.close()  # so that the end of the process is noticed
-        if answer(ours, what, needed="compiled" not in what) is None:
-            workers[what], seconds[what] = ours, []
+        try:
+            ask(workers[what], what, 3)  # compiles, and warms up
+        except UserError as error:
+            if "compiled" not in what:
+                raise
+            print(f"{error}\n", file=sys.stderr)
+            del workers[what]
+    seconds = {what: [] for what in workers}
     for number in range(args.rounds):
         for what, connection in workers.items():
             steps = 3 if number == 0 or what == "matrix product" else max(1, int(args.seconds / seconds[what][0]))
-            seconds[what].append(answer(connection, what, steps))
+            seconds[what].append(ask(connection, what, steps))
             time.sleep(0.2)  # until the threads of this one have stopped spinning
     for connection in workers.values():
         connection.send(0)
