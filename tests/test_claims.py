@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import ROOT
-from vae_ood import claims, reproduce
+from vae_ood.reproduce import claims, latents, pages, runs
+from vae_ood.reproduce.__main__ import main
 
 RESULTS = ROOT / "results"
 
 
 def test_the_page_says_what_the_json_files_say():
-    assert (RESULTS / "README.md").read_text() == claims.page(RESULTS), "run python -m vae_ood.claims"
+    assert (RESULTS / "README.md").read_text() == claims.page(RESULTS), "run python -m vae_ood.reproduce claims"
 
 
 def test_every_claim_of_the_design_is_on_the_page():
@@ -53,11 +54,17 @@ def test_verdicts(held, expected):
     assert claims.verdict(held) == expected
 
 
+def test_gaps_that_were_not_judged_are_no_choice_of_alpha():
+    row = {"alpha": 0.5, "gap_bpd": 0.01, "z": 2.0}
+    ours, _ = claims.p8({"rows": {"10": [row], "20": [row]}, "chosen_alpha": {"20": None}})
+    assert ours == "20 steps: chosen none, gaps +0.010 bpd (z = 2.0) at 0.5; 1 seed"
+
+
 @pytest.mark.parametrize("name", ["table1", "compute", "fig4", "homotopy", "select"])
 def test_an_experiment_without_runs_is_not_reached(tmp_path, monkeypatch, name):
     monkeypatch.setattr("sys.argv", ["reproduce", name, "--budget", "0", "--runs", str(tmp_path / "none"), "--out",
                                      str(tmp_path / "reproduce")])
-    reproduce.main()
+    main()
     assert (tmp_path / "reproduce" / f"{name}.json").exists()
     assert claims.page(tmp_path).count("| not reached |") == len(claims.CLAIMS)
 
@@ -67,8 +74,8 @@ def test_an_experiment_without_runs_is_not_reached(tmp_path, monkeypatch, name):
 def test_the_tables_of_cifar10_follow_from_the_kept_runs(tmp_path, monkeypatch, target, arguments):
     monkeypatch.setattr("sys.argv", ["reproduce", target, "--budget", "0", *arguments, "--runs", str(RESULTS / "runs"),
                                      "--out", str(tmp_path)])
-    monkeypatch.setattr(reproduce, "figure", lambda *arguments: None)
-    reproduce.main()
+    monkeypatch.setattr(pages, "figure", lambda *arguments: None)
+    main()
     ours, kept = (json.loads((folder / f"{target}.json").read_text()) for folder in (tmp_path, RESULTS / "reproduce"))
     assert set(ours) == set(kept)
     for key in set(kept) - {"command"}:
@@ -87,16 +94,18 @@ def test_the_other_verdicts_follow_from_the_kept_figures(tmp_path, monkeypatch, 
         return [dict(zip(log, line, strict=True)) for line in zip(*log.values(), strict=True)]
 
     if target == "homotopy":
-        (tmp_path / f"{kept['data']}_a0.5_k64_fast_{kept['learned']}_").mkdir()
-        monkeypatch.setattr(reproduce, "plan", lambda columns, args: [
+        alpha = kept["arms"][kept["learned"]][0]["alpha"]
+        monkeypatch.setitem(latents.ARMS, "fast", (alpha, tuple(kept["arms"])))
+        (tmp_path / f"{kept['data']}_a{alpha:g}_k64_fast_{kept['learned']}_").mkdir()
+        monkeypatch.setattr(runs, "plan", lambda columns, args: [
             [replace(run, seed=m["seed"]) for m in kept["arms"][run.gamma]] for run in columns])
-        monkeypatch.setattr(reproduce, "attempt", one)
-        monkeypatch.setattr(reproduce, "read_log", read_log)
+        monkeypatch.setattr(runs, "attempt", one)
+        monkeypatch.setattr(runs, "read_log", read_log)
     else:
-        monkeypatch.setattr(reproduce, "run_columns", lambda columns, args: list(
+        monkeypatch.setattr(runs, "run_columns", lambda columns, args: list(
             zip(columns, (column["runs"] for column in kept["columns"]), strict=True)))
     monkeypatch.setattr("sys.argv", ["reproduce", target, "--runs", str(tmp_path), "--out", str(tmp_path)])
-    monkeypatch.setattr(reproduce, "figure", lambda *arguments: None)
-    reproduce.main()
+    monkeypatch.setattr(pages, "figure", lambda *arguments: None)
+    main()
     ours = json.loads((tmp_path / f"{target}.json").read_text())
     assert {key: ours[key] for key in ours if key != "command"} == {key: kept[key] for key in kept if key != "command"}

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vae_ood.model import VAE, SubPixel
+from vae_ood.model import VAE, SubPixel, flops
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 1, 1), (3, 17, 30), (1, 64, 40)])
@@ -65,3 +65,11 @@ def test_sub_pixel_convolution_is_the_transposed_one(channels, size, output_padd
         results.append((output, *torch.autograd.grad(output.sin().sum(), wanted)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_operations_are_twice_the_multiplications():
+    encoding = 75 * 64 * 256 + 1600 * 128 * 64 + 3200 * 256 * 16 + 4096 * 64
+    decoding = 32 * 4096 + 25 * 256 * 128 * 16 + 25 * 128 * 64 * 64 + 25 * 64 * 3 * 256
+    assert flops((3, 32, 32), 1, 32) == (2 * encoding, 2 * decoding)
+    # layers between two scaled widths grow 4-fold, the first and the last 2-fold
+    assert 3 < sum(flops((3, 32, 32), 2, 32)) / sum(flops((3, 32, 32), 1, 32)) < 4

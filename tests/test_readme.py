@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import ROOT
-from vae_ood.bench import flops
+from vae_ood.bench import KAPPA, SHAPES, plain_loss, step_flops
 from vae_ood.data.groups import things_needed
 from vae_ood.likelihood import bits_per_dim
 from vae_ood.metrics import confident_rank, false_alarm_range
@@ -176,11 +177,18 @@ def test_the_library_page_quotes_the_measured_throughput():
         assert f"| {' | '.join(quoted)} |" in read("vae_ood/README.md")
 
 
+@pytest.mark.parametrize("shape", SHAPES.values())
+def test_a_training_step_takes_the_operations_that_torch_counts(shape):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        plain_loss(VAE(shape, 0.5, KAPPA), torch.empty(1, *shape), torch.empty(1, KAPPA)).backward()
+    assert step_flops(shape, 0.5) == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("alpha", [4, 8])
 def test_the_library_page_counts_what_the_papers_protocol_takes(alpha):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in VAE((3, 32, 32), alpha, 32).parameters())
-    step, travelling = 64 * flops((3, 32, 32), alpha)[0], 2 * 7 / 8 * 4 * parameters  # a ring of 8, float32
+    step, travelling = 64 * step_flops((3, 32, 32), alpha), 2 * 7 / 8 * 4 * parameters  # a ring of 8, float32
     minutes = [200_000 * seconds / 60 for seconds in (step / 495e12 / 0.3, step / 8 / 495e12 / 0.1, travelling / 300e9)]
     row = (f"| {alpha} | {parameters:,} | {step / 1e9:,.1f} | {200_000 * step / 1e15:.1f} | {minutes[0]:.0f} min | "
            f"{minutes[1]:.0f} min | {travelling / 1e6:.0f} MB | {minutes[2]:.0f} min |")

@@ -1,19 +1,17 @@
 """The reproduction: its plans, tables and claims on runs whose figures are made up, and one real run of it."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from tests.conftest import ROOT
-from vae_ood import UserError, plots, reproduce
-from vae_ood.reproduce import Run
+from vae_ood import UserError, plots
+from vae_ood.reproduce import latents, pages, runs
+from vae_ood.reproduce.__main__ import TARGETS, main
+from vae_ood.reproduce.runs import Run
 
 
 def write_run(folder, test=6.5, outlier=9.0, gamma=0.005, kappa=32, outliers=("mnist",), mmd=0.002):
@@ -52,47 +50,62 @@ def commands(monkeypatch, tmp_path):
             cifar = value("--data") == "cifar10"
             write_run(out, kappa=kappa, gamma=0.01 / kappa, outliers=("svhn", "celeba") if cifar else ("mnist",))
 
-    monkeypatch.setattr(reproduce, "execute", execute)
+    monkeypatch.setattr(runs, "execute", execute)
 
-    figure = reproduce.figure
+    figure = pages.figure
 
     def run(*arguments, figures=False):
         ran.clear()
-        monkeypatch.setattr(reproduce, "figure", figure if figures else lambda *arguments: None)
-        reproduce.seconds_a_step.cache_clear()
+        monkeypatch.setattr(pages, "figure", figure if figures else lambda *arguments: None)
+        runs.seconds_a_step.cache_clear()
         monkeypatch.setattr(sys, "argv", ["reproduce", *map(str, arguments), "--runs", str(tmp_path / "runs"), "--out",
                                           str(tmp_path / "out")])
-        reproduce.main()
+        main()
         return tmp_path / "out"
 
     return run, ran
 
 
-def test_a_budget_is_kept_and_its_second_run_runs_nothing(commands):
+def trained(ran):
+    """The commands that train a column, and are not timing alone."""
+    return [arguments for arguments in ran if "--no-eval" not in arguments]
+
+
+def test_what_fits_the_budget_is_run_and_the_second_time_nothing(commands):
     run, ran = commands
-    out = run("table1", "--budget", "45", figures=True)
-    trained = [arguments for arguments in ran if "--no-eval" not in arguments]
-    assert len(trained) == 6
-    steps = {int(a[a.index("--iters") + 1]) for a in trained}
-    decodes = 10_000 * (1 + 3 * 5)
-    expected = 6 * (steps.pop() * 0.1 + decodes * reproduce.DECODE_SHARE * 0.1 / 64 + reproduce.STARTUP)
-    assert not steps and 0.97 * 45 * 60 < expected <= 45 * 60
+    steps, decodes = 3_700, 10_000 * (1 + 3 * 5)
+    expected = 6 * (steps * 0.1 + decodes * runs.DECODE_SHARE * 0.1 / 64 + runs.STARTUP)
+    assert 0.97 * 45 * 60 < expected <= 45 * 60
+    out = run("table1", "--budget", "45", "--iters", steps)
+    assert len(trained(ran)) == 6
     first = (out / "table1.json").read_text()
-    run("table1", "--budget", "45", figures=True)
+    run("table1", "--budget", "45", "--iters", steps)
     assert not ran and (out / "table1.json").read_text() == first
     assert "--out runs/fashionmnist_a1_k16_fast_i3700_s0" in first  # what to type, wherever the runs were kept
-    pytest.importorskip("matplotlib")
+    run("table1", "--budget", "45", "--iters", steps + 100)
+    assert len(trained(ran)) == 5
+
+
+@pytest.mark.skipif(not plots.available(), reason="needs matplotlib")
+def test_a_table_has_a_figure_and_histograms_which_stay_where_the_scores_are_gone(commands, tmp_path, capsys):
     from matplotlib.image import imread
-    run("fig2", "--budget", "45", figures=True)  # the same runs
-    assert not ran
-    for name in ("table1", "fig2"):
-        assert imread(out / f"{name}.png")[..., :3].std() > 0.05
+    run, _ = commands
+    for target, name in (("table1", "fashionmnist_a1_k16"), ("table2", "cifar10_a4_k32")):
+        out = run(target, "--iters", "2000", figures=True)
+        pictures = [out / f"{target}.png", out / f"{target}_histograms.png"]
+        for picture in pictures:
+            assert imread(picture)[..., :3].std() > 0.05
+            picture.write_bytes(b"of another time")
+        (tmp_path / "runs" / f"{name}_fast_i2000_s0" / "scores.csv").unlink()
+        run(target, "--iters", "2000", figures=True)
+        assert f"no histograms: {name}_fast_i2000_s0 came without scores.csv" in capsys.readouterr().out
+        assert [picture.read_bytes() == b"of another time" for picture in pictures] == [False, True]
 
 
 def test_columns_beyond_the_budget_are_not_run_and_say_so(commands, capsys):
     run, ran = commands
-    out = run("table2", "--budget", "12")
-    reached = {float(a[a.index("--alpha") + 1]) for a in ran if "--no-eval" not in a}
+    out = run("table2", "--budget", "12", "--iters", "1500")
+    reached = {float(a[a.index("--alpha") + 1]) for a in trained(ran)}
     assert reached == {0.25, 0.5, 1}
     assert "NOT RUN, the budget does not reach it: alpha 2" in capsys.readouterr().out
     columns = json.loads((out / "table2.json").read_text())["columns"]
@@ -104,58 +117,63 @@ def test_columns_beyond_the_budget_are_not_run_and_say_so(commands, capsys):
     assert "| svhn bpd above the inlier test bpd at alpha = 2, 3, 4 | not reached |" in page
 
 
-def test_an_interrupted_reproduction_goes_on_with_the_same_plan(commands, monkeypatch):
+def test_an_interrupted_reproduction_goes_on(commands, monkeypatch):
     run, ran = commands
-    execute = reproduce.execute
+    execute = runs.execute
 
     def interrupted(arguments, data_root):
-        if sum("--no-eval" not in a for a in ran) == 2:
+        if len(trained(ran)) == 2:
             raise KeyboardInterrupt
         execute(arguments, data_root)
 
-    monkeypatch.setattr(reproduce, "execute", interrupted)
+    monkeypatch.setattr(runs, "execute", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run("table1", "--budget", "45")
-    monkeypatch.setattr(reproduce, "execute", execute)
-    run("table1", "--budget", "45")
-    assert len(ran) == 4 and all("--resume" in a and "--no-eval" not in a for a in ran)
+        run("table1", "--budget", "45", "--iters", "3700")
+    monkeypatch.setattr(runs, "execute", execute)
+    run("table1", "--budget", "45", "--iters", "3700")
+    assert len(trained(ran)) == 4 and all("--resume" in a for a in trained(ran))
 
 
 def test_without_a_budget_every_column_runs_at_the_recipe_s_length_and_the_cost_is_told(commands, capsys):
     run, ran = commands
     run("table2", "--recipe", "paper")
-    trained = [a for a in ran if "--no-eval" not in a]
-    assert len(trained) == 6 and all(a[a.index("--iters") + 1] == "200000" for a in trained)
+    assert [a[a.index("--iters") + 1] for a in trained(ran)] == ["200000"] * 6
     assert "6 runs are left to train and evaluate: about 2.5 days" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("target", ["fig3", "fig4", "select", "homotopy", "compute"])
-def test_the_other_targets_write_their_files_and_no_others(commands, target):
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_targets_write_their_files_and_no_others(commands, target):
     run, _ = commands
-    out = run(target, "--budget", "30", figures=True)
-    pictures = {f"{target}.png"} if plots.available() else set()
+    out = run(target, "--budget", "120", figures=True)
+    pictures = {f"{target}.png"} | ({f"{target}_histograms.png"} if target.startswith("table") else set())
+    pictures = pictures if plots.available() else set()
     assert {path.name for path in out.iterdir()} == {f"{target}.json", f"{target}.md"} | pictures
     numbers = json.loads((out / f"{target}.json").read_text())
-    assert numbers["command"].startswith(f"python -m vae_ood.reproduce {target} --budget 30 --runs ")
+    assert numbers["command"].startswith(f"python -m vae_ood.reproduce {target} --budget 120 --runs ")
     assert any(claim["held"] is not None for claim in numbers["claims"])
     assert (out / f"{target}.md").read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("target", reproduce.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_with_nothing_run_nothing_is_judged(commands, target, tmp_path):
     run, ran = commands
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / f"{target}.png").touch()  # of another time
+    for name in (target, f"{target}_histograms"):
+        (tmp_path / "out" / f"{name}.png").touch()  # of another time
     out = run(target, "--budget", "0")
     assert not ran and not (out / f"{target}.png").exists()
+    assert (out / f"{target}_histograms.png").exists() == (not target.startswith("table"))
     assert all(claim["held"] is None for claim in json.loads((out / f"{target}.json").read_text())["claims"])
     assert "| held |" not in (out / f"{target}.md").read_text()
 
 
-def test_fig3_has_alpha_8_where_there_is_no_budget(commands):
-    run, _ = commands
-    columns = json.loads((run("fig3") / "fig3.json").read_text())["columns"]
-    assert [column["label"] for column in columns] == [0.25, 0.5, 1, 2, 3, 4, 8]
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["fig2"], "invalid choice: 'fig2'"), (["claims"], "claims takes no flags"),
+    (["table1", "--budget", "-1"], "must be 0 or more")])
+def test_what_cannot_be_asked_for_is_told_in_one_line(commands, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        commands[0](*arguments)
+    assert "\n" not in str(error.value)
 
 
 def test_a_budget_of_0_uses_the_runs_that_are_there(commands, tmp_path):
@@ -173,9 +191,9 @@ def test_given_steps_a_budget_leaves_out_what_it_does_not_reach_one_seed_after_t
     run, ran = commands
     steps = 2_000  # 0.1 s each at alpha = 1: some 4 minutes with the evaluation, 1 at alpha = 1/4
     run("table2", "--budget", "11", "--iters", steps, "--seeds", "2")
-    trained = [[float(a[a.index("--alpha") + 1]), int(a[a.index("--seed") + 1])] for a in ran if "--no-eval" not in a]
-    assert sorted(trained, key=lambda pair: pair[::-1]) == [[0.25, 0], [0.5, 0], [1, 0], [0.25, 1]]
-    assert all(a[a.index("--iters") + 1] == str(steps) for a in ran if "--no-eval" not in a)
+    reached = [[float(a[a.index("--alpha") + 1]), int(a[a.index("--seed") + 1])] for a in trained(ran)]
+    assert sorted(reached, key=lambda pair: pair[::-1]) == [[0.25, 0], [0.5, 0], [1, 0], [0.25, 1]]
+    assert all(a[a.index("--iters") + 1] == str(steps) for a in trained(ran))
 
 
 def test_homotopy_fixes_gamma_at_what_the_same_seed_learned(commands, capsys, monkeypatch):
@@ -184,10 +202,10 @@ def test_homotopy_fixes_gamma_at_what_the_same_seed_learned(commands, capsys, mo
     def load(data, split, root):
         raise UserError("there is no CelebA")
 
-    monkeypatch.setattr(reproduce, "load", load)
+    monkeypatch.setattr(latents, "load", load)
     numbers = json.loads((run("homotopy", "--iters", "100", "--seeds", "3") / "homotopy.json").read_text())
     assert "CIFAR-10 instead of the paper's CelebA" in capsys.readouterr().out
-    modes = [(a[a.index("--gamma") + 1], a[a.index("--seed") + 1]) for a in ran if "--no-eval" not in a]
+    modes = [(a[a.index("--gamma") + 1], a[a.index("--seed") + 1]) for a in trained(ran)]
     assert modes == [(mode, seed) for mode in ("learn", f"{0.01 / 64:.6g}", "optimal", "homotopy")
                      for seed in "012"]
     assert [len(seeds) for seeds in numbers["arms"].values()] == [3, 3, 3, 3]
@@ -210,11 +228,6 @@ def test_homotopy_compares_the_runs_of_one_seed(commands, tmp_path):
     assert claim["held"] is False and claim["figures"] == "20.00 and 10.00"
 
 
-def test_crossings_are_interpolated_and_never_extrapolated():
-    assert reproduce.crossings([(1e12, -0.3), (1e14, 0.1), (1e15, 0.2)]) == pytest.approx([10**13.5])
-    assert reproduce.crossings([(1e12, -0.3), (1e14, -0.1)]) == reproduce.crossings([(1e12, 0.1)]) == []
-
-
 def test_select_chooses_nothing_where_every_gap_is_significant(commands):
     run, _ = commands
     result = json.loads((run("select", "--iters", "100") / "select.json").read_text())  # a gap of one deviation
@@ -224,7 +237,7 @@ def test_select_chooses_nothing_where_every_gap_is_significant(commands):
 
 def test_select_stops_before_the_first_significant_gap(commands, monkeypatch):
     run, _ = commands
-    measured = reproduce.measured
+    measured = runs.measured
     gaps = {0.25: 0.0, 0.5: 0.001, 1: 0.05, 2: 0.0, 3: 0.0, 4: 0.0}  # bpd; one deviation of an image's is 0.1
 
     def shifted(one, args):
@@ -233,7 +246,7 @@ def test_select_stops_before_the_first_significant_gap(commands, monkeypatch):
             m["sets"]["test"][key] = m["sets"]["train"][key] + gaps[one.alpha] * unit
         return m
 
-    monkeypatch.setattr(reproduce, "measured", shifted)
+    monkeypatch.setattr(runs, "measured", shifted)
     result = json.loads((run("select", "--iters", "100") / "select.json").read_text())
     assert result["chosen_alpha"] == {"100": 0.5}
     rows = result["rows"]["100"]
@@ -241,43 +254,9 @@ def test_select_stops_before_the_first_significant_gap(commands, monkeypatch):
     assert rows[2]["z"] == pytest.approx(0.05 / np.sqrt(2 * 0.1**2 / 200))
 
 
-def test_claims_are_judged_by_their_figures():
-    def table(tests, outliers, gammas):
-        return [(Run("fashionmnist", 1, kappa), [{"sets": {"test": {"bpd": t}, "mnist": {"bpd": o}}, "gamma": g}
-                                                 for t, o, g in zip(*column, strict=True)])
-                for kappa, column in zip((16, 32, 64), zip(tests, outliers, gammas, strict=True), strict=True)]
-
-    label = lambda run: run.kappa  # noqa: E731
-    good = table([[6.0], [6.0], [6.0]], [[7.0], [7.0], [7.0]], [[0.3], [0.2], [0.2]])
-    assert reproduce.above(good, "mnist", label)[1] and reproduce.falls(good)[1]
-    bad = table([[6.0], [6.0], [6.0]], [[7.0], [5.9], [7.0]], [[0.2], [0.21], [0.1]])
-    assert reproduce.above(bad, "mnist", label)[1] is reproduce.falls(bad)[1] is False
-    noisy = table([[6.0, 6.0]] * 3, [[7.0, 7.0]] * 3, [[0.19, 0.21], [0.2, 0.22], [0.1, 0.1]])
-    assert reproduce.falls(noisy)[1]
-    assert reproduce.falls([*good, (Run("fashionmnist", 1, 128), [])])[1] is None
-    assert reproduce.above([*good, (Run("fashionmnist", 1, 128), [])], "mnist", label)[1] is None
-    assert reproduce.above([], "mnist", label)[1] is reproduce.falls(good[:1])[1] is None
-
-
-def test_capacity_is_judged_by_the_worst_seed_and_not_before_the_paper_s_steps():
-    def m(svhn, iters=10_000, celeba=0.5):
-        bpd = {"test": 6.0, "svhn": 6 + svhn, "celeba": 6 + celeba}
-        return {"iters": iters, "sets": {name: {"bpd": value} for name, value in bpd.items()}}
-
-    held = lambda columns: [claim[1] for claim in reproduce.capacity(columns)]  # noqa: E731
-    paper = {alpha: [m(column["svhn"] - column["test"], 200_000, column["celeba"] - column["test"])]
-             for alpha, column in reproduce.PAPER["table2"].items()}
-    assert held(paper) == [True, True, True]
-    assert held({0.25: [m(-0.4), m(0.1)], 1: [m(-0.4, celeba=-0.1)]}) == [False, None, False]
-    assert held({0.25: [m(-0.4)], 0.5: [m(-0.4)], 2: [m(-0.1)], 4: [m(0.1)]}) == [None, None, None]
-    assert held({0.25: [m(-0.4)], 0.5: [m(-0.4)], 1: [m(-0.3)]}) == [True, None, None]
-    assert held({2: [m(-0.1, 200_000)], 4: [m(0.1)]}) == [None, False, None]
-    assert held({}) == [None] * 3
-
-
 def test_fig4_asks_for_a_cut_off_and_not_for_a_few_inactive_dimensions(commands, monkeypatch):
     run, _ = commands
-    measured = reproduce.measured
+    measured = runs.measured
     ratio = {0.25: 1.1, 1: 30.0, 4: 60.0}
 
     def with_ratio(one, args):
@@ -285,7 +264,7 @@ def test_fig4_asks_for_a_cut_off_and_not_for_a_few_inactive_dimensions(commands,
         kl = [0.06] * half + [0.06 / ratio[one.alpha]] * half
         return measured(one, args) | {"active_dims": half, "kl_per_dim": kl}
 
-    monkeypatch.setattr(reproduce, "measured", with_ratio)
+    monkeypatch.setattr(runs, "measured", with_ratio)
     held = [claim["held"] for claim in json.loads((run("fig4", "--iters", "9") / "fig4.json").read_text())["claims"]]
     assert held == [False, True, True, True, True]
     ratio[1] = ratio[4] = 1.0
@@ -293,103 +272,38 @@ def test_fig4_asks_for_a_cut_off_and_not_for_a_few_inactive_dimensions(commands,
     assert held == [False, False, False, None, None]
 
 
-def test_the_cut_off_lies_between_the_active_and_the_inactive_dimensions():
-    m = {"active_dims": 2, "kappa": 4, "kl_per_dim": [3.0, 0.5, 0.01, 1e-6]}
-    assert reproduce.cut_off(m) == pytest.approx(50)
-    assert reproduce.cut_off(m | {"active_dims": 4}) is reproduce.cut_off(m | {"active_dims": 0}) is None
-
-
-def test_cells_carry_student_s_interval_from_three_seeds_on():
-    assert reproduce.cell([1.0, 2.0], 2) == "1.50"
-    for n in range(3, 15):
-        values = np.random.default_rng(n).standard_normal(n).tolist()
-        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-        mean, interval = map(float, reproduce.cell(values, 6).split(" ± "))
-        assert (mean, interval) == (pytest.approx(np.mean(values), abs=1e-6), pytest.approx(half, rel=2e-3))
-
-
-def test_training_flops_grow_as_the_model_does():
-    flops = [reproduce.training_flops(Run("cifar10", alpha, 32, iters=10)) for alpha in (1, 2)]
-    # layers between two scaled widths grow 4-fold, the first and last 2-fold; 2 * (multiplications) * 3 * 64 images
-    per_image = 2 * (75 * 64 * 256 + 1600 * 128 * 64 + 3200 * 256 * 16 + 4096 * 64) + 2 * (
-        32 * 4096 + 25 * 256 * 128 * 16 + 25 * 128 * 64 * 64 + 25 * 64 * 3 * 256)
-    assert flops[0] == pytest.approx(3 * 64 * 10 * per_image, rel=0.15)
-    assert 3 < flops[1] / flops[0] < 4
-
-
-def test_a_failing_command_is_named(capsys):
-    with pytest.raises(UserError, match="exit code 2"):
-        reproduce.execute(["-c", "raise SystemExit(2)"], None)
-    assert "$ python -c 'raise SystemExit(2)'" in capsys.readouterr().out
-    with pytest.raises(KeyboardInterrupt, match="goes on where"):
-        reproduce.execute(["-c", "raise SystemExit(130)"], None)
-
-
 def test_a_run_that_fails_is_left_out_and_named_at_the_end(commands, monkeypatch):
     run, _ = commands
-    measured = reproduce.measured
+    measured = runs.measured
 
     def diverging(one, args):
         if one.alpha == 2:
             raise UserError("the command above failed")
         return measured(one, args)
 
-    monkeypatch.setattr(reproduce, "measured", diverging)
+    monkeypatch.setattr(runs, "measured", diverging)
     with pytest.raises(UserError, match=r"left out.*cifar10_a2_k32_fast_i2000_s0"):
         run("table2", "--iters", "2000")
 
 
-def test_an_interruption_is_one_however_the_command_ends(tmp_path):
-    script = ("import signal, sys; from vae_ood import reproduce\n"
-              "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job of a shell ignores it
-              "try: reproduce.execute(['-c', 'import time; print(1, flush=True); time.sleep(60)'], None)\n"
-              "except KeyboardInterrupt as stop: sys.exit(f'stopped: {stop}')")
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
-    while process.stdout.readline().strip() != "1":
-        pass
-    process.send_signal(signal.SIGINT)  # the child dies of it: it saves nothing and exits with -2
-    assert "stopped: the same command goes on" in process.communicate(timeout=60)[1]
-
-
 def test_table_2_s_claims_are_judged_by_the_worst_seed(commands, monkeypatch):
     run, _ = commands
-    measured = reproduce.measured
+    measured = runs.measured
 
     def with_one_bad_seed(one, args):
         result = measured(one, args)
         result["sets"]["celeba"]["bpd"] = 6.0 if one.seed == 0 else 9.0
         return result
 
-    monkeypatch.setattr(reproduce, "measured", with_one_bad_seed)
+    monkeypatch.setattr(runs, "measured", with_one_bad_seed)
     claims = json.loads((run("table2", "--seeds", "3") / "table2.json").read_text())["claims"]
     assert not next(claim for claim in claims if claim["claim"].startswith("celeba bpd above"))["held"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
-def test_a_killed_reproduction_leaves_no_orphan():
-    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    script = f"from vae_ood import reproduce; reproduce.execute(['-c', {child!r}], None)"
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while not (line := process.stdout.readline()).strip().isdigit():
-        pass
-    process.kill()
-    process.communicate()
-    for _ in range(100):
-        try:
-            state = Path(f"/proc/{int(line)}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        if state == "Z":  # ended, and not yet collected
-            return
-        time.sleep(0.05)
-    pytest.fail("the child is still there")
-
-
 @pytest.mark.slow
 def test_table1_in_a_few_minutes(command, data_root, tmp_path):
-    command("-m", "vae_ood.reproduce", "table1", "--budget", 3, "--data-root", data_root, "--runs", tmp_path / "runs",
-            "--out", tmp_path)
+    command("-m", "vae_ood.reproduce", "table1", "--budget", 3, "--iters", 200, "--data-root", data_root,
+            "--runs", tmp_path / "runs", "--out", tmp_path)
     result = json.loads((tmp_path / "table1.json").read_text())
     reached = [column["runs"][0] for column in result["columns"] if column["runs"]]
     assert reached and all(run["sets"]["mnist"]["n"] == 10_000 for run in reached)

@@ -24,13 +24,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError
 from vae_ood.cli import Parser, one_line_errors, pick_device, positive_float, positive_int
 from vae_ood.likelihood import evaluate
-from vae_ood.model import VAE
-from vae_ood.reproduce import SHAPES
+from vae_ood.model import VAE, flops
+from vae_ood.reproduce.runs import SHAPES
 from vae_ood.training import CONFIG, train
 
 DATA = "fashionmnist", "cifar10"
@@ -56,15 +55,13 @@ def plain_loss(model, x, eps):
     return (kl - log_likelihood).mean()
 
 
-def flops(shape, alpha):
-    """Floating-point operations of the network for an image: of a training step, and of the IW-NLL's decoding."""
+def step_flops(shape, alpha):
+    """Floating-point operations of the network in a training step, for an image: three forward passes (two are the
+    backward), less the first layer's gradient by the image, which nothing asks for."""
     with torch.device("meta"):
-        model = VAE(shape, alpha, KAPPA)
-        with FlopCounterMode(display=False) as training:
-            plain_loss(model, torch.empty(1, *shape), torch.empty(1, KAPPA)).backward()
-        with torch.no_grad(), FlopCounterMode(display=False) as decoding:
-            model.decode(torch.empty(1, KAPPA))
-    return training.get_total_flops(), decoding.get_total_flops()
+        first = VAE(shape, alpha, KAPPA).encoder[0]
+        by_the_image = 2 * first.weight[0].numel() * first(torch.empty(shape)).numel()
+    return 3 * sum(flops(shape, alpha, KAPPA)) - by_the_image
 
 
 def images(n, shape):
@@ -91,10 +88,10 @@ def matrix_product(device, shape, alpha):
 def training(device, shape, alpha):
     """Seconds a step of run.py's own loop, logging included."""
     pixels = images(2048, shape)
-    args = SimpleNamespace(**dict.fromkeys(CONFIG), keep=1, recipe="fast", compile=None,
-                           checkpoint_seconds=math.inf, keep_at=[])
-    vars(args).update(alpha=alpha, kappa=KAPPA, gamma="learn", schedule="constant", batch_size=BATCH, lr=1e-4, seed=0,
-                      amp=False)
+    args = SimpleNamespace(**dict.fromkeys(CONFIG) | {
+        "alpha": alpha, "kappa": KAPPA, "gamma": "learn", "schedule": "constant", "batch_size": BATCH, "lr": 1e-4,
+        "seed": 0, "amp": False, "recipe": "fast", "keep": 1, "keep_at": [], "compile": None,
+        "checkpoint_seconds": math.inf})
 
     def measure(steps):
         args.iters = steps
@@ -165,50 +162,52 @@ def repeated(step, device):
 
 
 def serve(connection, threads, device_name, make, *arguments):
-    """In a process of its own: answer each number of steps by what `make`'s function measures."""
+    """In a process of its own: answer each number of steps by what `make`'s function measures, or by why it cannot."""
     try:
         device = torch.device(device_name) if make is plain else pick_device(device_name)
         torch.set_num_threads(threads)
         measure = make(device, *arguments)
-        measure(3)  # compiles, and warms up
-        connection.send(None)
         while steps := connection.recv():
             connection.send(measure(steps))
     except Exception as error:  # torch.compile without a compiler, say
         connection.send(f"{type(error).__name__}: {str(error)[:200]}")
 
 
-def answer(connection, what, steps=0, needed=True):
-    """What the process that times `what` sends, of some steps; where it failed, UserError if it is needed, else why."""
+def ask(connection, what, steps):
+    """The seconds of a step from the process that times `what`; UserError where it failed."""
     try:
-        if steps:
-            connection.send(steps)
+        connection.send(steps)
         value = connection.recv()
     except (EOFError, BrokenPipeError):
         value = "its process was killed: is there enough memory?"
     if isinstance(value, str):
-        if needed:
-            raise UserError(f"timing the {what} failed ({value})")
-        print(f"`{what}` could not run: {value}\n", file=sys.stderr)
+        raise UserError(f"timing the {what} failed ({value})")
     return value
 
 
 def timings(shape, alpha, args, device):
-    """{what: median seconds} of everything at one shape and alpha; what could not run is left out."""
+    """{what: median seconds} of everything at one shape and alpha; compiled variants that could not run are left
+    out."""
     jobs = {"matrix product": (matrix_product,), "training": (training,), "network": (network,),
             "likelihood": (likelihood,)} | {variant: (plain, variant) for variant in PLAIN}
-    context, workers, seconds = multiprocessing.get_context("spawn"), {}, {}
+    context, workers = multiprocessing.get_context("spawn"), {}
     for what, (make, *rest) in jobs.items():
-        ours, theirs = context.Pipe()
+        workers[what], theirs = context.Pipe()
         context.Process(target=serve, daemon=True, args=(
             theirs, torch.get_num_threads(), device.type, make, shape, alpha, *rest)).start()
         theirs.close()  # so that the end of the process is noticed
-        if answer(ours, what, needed="compiled" not in what) is None:
-            workers[what], seconds[what] = ours, []
+        try:
+            ask(workers[what], what, 3)  # compiles, and warms up
+        except UserError as error:
+            if "compiled" not in what:
+                raise
+            print(f"{error}\n", file=sys.stderr)
+            del workers[what]
+    seconds = {what: [] for what in workers}
     for number in range(args.rounds):
         for what, connection in workers.items():
             steps = 3 if number == 0 or what == "matrix product" else max(1, int(args.seconds / seconds[what][0]))
-            seconds[what].append(answer(connection, what, steps))
+            seconds[what].append(ask(connection, what, steps))
             time.sleep(0.2)  # until the threads of this one have stopped spinning
     for connection in workers.values():
         connection.send(0)
@@ -238,7 +237,7 @@ def main():
     for name in args.shapes:
         for alpha in args.alpha:
             t = timings(SHAPES[name], alpha, args, device)
-            of_step, of_decode = flops(SHAPES[name], alpha)
+            of_step, of_decode = step_flops(SHAPES[name], alpha), flops(SHAPES[name], alpha, KAPPA)[1]
             rate, step, decodes = 1 / t["matrix product"], t["training"], IW_SAMPLES * BATCH / t["likelihood"]
             best = min(t[variant] for variant in PLAIN if variant in t)
             print("| " + " | ".join([

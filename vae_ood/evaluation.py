@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import NAMED, RANK, printable
@@ -21,7 +19,7 @@ from vae_ood.data.synthetic import CORRUPTIONS, corrupt
 from vae_ood.detector import TRAIN_IMAGES, finite, measure
 from vae_ood.likelihood import bits_per_dim
 from vae_ood.metrics import detection, latent_spectrum, mmd
-from vae_ood.model import VAE
+from vae_ood.model import flops
 from vae_ood.scores import SCORES
 
 NO_CODE = "\N{EN DASH}"  # in place of bits per dimension
@@ -43,9 +41,8 @@ def limit_images(args, shape, alpha, kappa, device, images=TRAIN_IMAGES, samples
     by default with --iw-samples samples each."""
     if args.max_images or device.type != "cpu":
         return
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        VAE(shape, alpha, kappa).decode(torch.empty(1, kappa))
-    affordable = CPU_FLOPS / ((samples or args.iw_samples) * counter.get_total_flops())
+    _, decoding = flops(tuple(shape), alpha, kappa)
+    affordable = CPU_FLOPS / ((samples or args.iw_samples) * decoding)
     if affordable < images:
         args.max_images = max(100, int(affordable) // 100 * 100)
         print(f"a large model for a CPU: the first {args.max_images:,} images of each set are evaluated (with --score: "

@@ -3,11 +3,13 @@
 q(z|x) = N(mu, diag sigma^2), p(x|z) = N(sigmoid(logits(z)), gamma I), p(z) = N(0, I) on R^kappa; x in [0, 1].
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vae_ood.data.images import to_unit
 
@@ -93,3 +95,16 @@ class VAE(nn.Module):
         if h.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             return SubPixel.apply(h, last.weight, last.bias, last.output_padding)
         return last(h)
+
+
+@functools.cache
+def flops(shape, alpha, kappa):
+    """(floating-point operations of encoding an image (C, H, W), of decoding a code): twice the multiplications."""
+    counts = []
+    with torch.device("meta"):
+        model = VAE(shape, alpha, kappa)
+        for function, one in ((model.encode, torch.empty(1, *shape)), (model.decode, torch.empty(1, kappa))):
+            with FlopCounterMode(display=False) as counter:
+                function(one)
+            counts.append(counter.get_total_flops())
+    return tuple(counts)

@@ -24,7 +24,7 @@ from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import Parser, make_folder, one_line_errors
 from vae_ood.data import groups, likeness, load
 from vae_ood.metrics import detection, false_alarm_range
-from vae_ood.reproduce import markdown
+from vae_ood.reproduce.pages import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -39,24 +39,22 @@ SINGLE = ("cifar10", "fashionmnist", "sprites")  # unrelated pictures
 def cases():
     """The cases by the name of their file: what is trained on, and the flags that differ."""
     found = {}
-    for part in SPLITS:
+
+    def add(name, seed, *flags, of=TILES, split="given", layout="folders"):
+        found[f"{name}_s{seed}"] = {"set": of, "split": split, "layout": layout, "seed": seed, "flags": list(flags)}
+
+    for split in SPLITS:
         for seed in SEEDS:
-            found[f"tiles_{part.replace(' ', '')}_folders_s{seed}"] = {
-                "set": TILES, "split": part, "layout": "folders", "seed": seed, "flags": []}
-    for part, seed in (("given", 0), *((part, seed) for part in SPLITS[1:] for seed in SEEDS)):
-        found[f"tiles_{part.replace(' ', '')}_flat_s{seed}"] = {
-            "set": TILES, "split": part, "layout": "flat", "seed": seed, "flags": []}
+            add(f"tiles_{split.replace(' ', '')}_folders", seed, split=split)
+    for split, seed in (("given", 0), *((split, seed) for split in SPLITS[1:] for seed in SEEDS)):
+        add(f"tiles_{split.replace(' ', '')}_flat", seed, split=split, layout="flat")
     for seed in SEEDS:
-        found[f"tiles_given_folders_none_s{seed}"] = {
-            "set": TILES, "split": "given", "layout": "folders", "seed": seed, "flags": ["--group-by", "none"]}
-    found["tiles_given_folders_true_s0"] = {
-        "set": TILES, "split": "given", "layout": "folders", "seed": 0, "flags": ["--group-by", "folder"]}
-    found["tiles_given_folders_folds5_s0"] = {
-        "set": TILES, "split": "given", "layout": "folders", "seed": 0, "flags": ["--folds", "5"]}
+        add("tiles_given_folders_none", seed, "--group-by", "none")
+    add("tiles_given_folders_true", 0, "--group-by", "folder")
+    add("tiles_given_folders_folds5", 0, "--folds", "5")
     for name in SINGLE:
         for how in ("near", "none"):
-            found[f"{name}_{how}_s0"] = {"set": name, "split": "random", "layout": "array", "seed": 0,
-                                         "flags": ["--group-by", how]}
+            add(f"{name}_{how}", 0, "--group-by", how, of=name, split="random", layout="array")
     return found
 
 

@@ -1,7 +1,5 @@
 """results/README.md: which of the paper's claims reproduce, from the JSON files under results/ and nothing else.
 
-    python -m vae_ood.claims
-
 The verdict of a claim follows from the checks that its experiment's own code made: "reproduced" if all of them held,
 "not reached" if none could be judged, because the training that they need was not run, "not reproduced" if none of
 those that could be did, and "in part" otherwise.
@@ -12,10 +10,12 @@ import statistics
 from pathlib import Path
 
 from vae_ood import checkpoint
-from vae_ood.cli import Parser, one_line_errors
-from vae_ood.reproduce import ALPHAS, HELD, PAPER, QUANTITIES, THEIRS, gap, markdown
+from vae_ood.reproduce.compute import QUANTITIES, THEIRS
+from vae_ood.reproduce.pages import HELD, markdown
+from vae_ood.reproduce.paper import ALPHAS, PAPER
+from vae_ood.reproduce.tables import gap
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def verdict(checks):
@@ -114,10 +114,9 @@ def p7(numbers):
 def p8(numbers):
     """(ours, the paper's) of choosing alpha by the gap between training and test NLL."""
     parts = []
-    for iters, rows in numbers["rows"].items():
-        chosen = numbers["chosen_alpha"][iters]
+    for iters, chosen in numbers["chosen_alpha"].items():
         parts.append(f"{int(iters):,} steps: chosen {'none' if chosen is None else f'{chosen:g}'}, gaps " + ", ".join(
-            f"{row['gap_bpd']:+.3f} bpd (z = {row['z']:.1f}) at {row['alpha']:g}" for row in rows))
+            f"{row['gap_bpd']:+.3f} bpd (z = {row['z']:.1f}) at {row['alpha']:g}" for row in numbers["rows"][iters]))
     return "; ".join(parts) + "; 1 seed", "proposed, without figures"
 
 
@@ -158,55 +157,58 @@ def page(folder):
     for claim, name, word, row in CLAIMS:
         path, (group, experiment) = Path(folder, f"{name}.json"), name.split("/")
         numbers = json.loads(path.read_text()) if path.exists() else {}
-        claims = numbers.get("claims", [])
-        checks = [check["held"] for check in claims if check["claim"].startswith(word)]
-        if group == "theory":
-            checks = [check["holds"] for check in numbers.get("rows", [])]
-        elif all(check["held"] is None for check in claims):
-            checks = []
+        checks = checks_of(numbers, word)
         if not checks:
             rows.append([claim, verdict(checks), *[""] * 4])
             continue
         command = numbers.get("command", f"python -m theory.{experiment}")
         rows.append([claim, verdict(checks), *row(numbers), f"`{command}`", f"[{experiment}]({name}.png)"])
         if group == "reproduce":
-            sections[name] = [
-                f"## {claim[:2]}: {experiment}", "", f"`{command}`: [all figures]({name}.md), [JSON]({name}.json)", "",
-                numbers["images"], "",
-                *markdown(["check", "verdict", "figures"],
-                          [[check["claim"], HELD[check["held"]], check["figures"]] for check in claims]),
-                "", f"![{experiment}]({name}.png)", ""]
+            sections[name] = section(f"{claim[:2]}: {experiment}", name, numbers)
         if experiment == "compute":
-            runs = numbers["runs"]
-            hours = sum(run["seconds_at_median_speed"] for run in runs) / 3600
-            spent = (f"P2 and P8 rest on {len(runs)} runs, {hours:.1f} hours of training in all at their median speeds "
-                     f"({sum(run['flops'] for run in runs):.1e} FLOPs). Their logs and metrics, from which `--runs "
-                     "results/runs --budget 0` draws, and two checkpoints, their weights in float16, are in "
-                     "[runs/](runs). ")
+            spent = training_of(numbers["runs"])
     return "\n".join([
         "# Results", "",
-        "Written by `python -m vae_ood.claims` from the JSON files beside it; a test fails where the two disagree. "
-        "bpd: bits per dimension of 8-bit data from the negative ELBO, the mean over images (the paper's, 3.9944 "
-        "bits lower, cancel in differences). AUROC: of the negative ELBO, outliers are the positive class. FPR95: the "
-        "share of outliers accepted at the threshold that accepts 95% of the inliers. Brackets after a number of "
-        "images tell of the whole set: for `train`, the one that was trained on. A command without `--recipe paper` "
-        "(200,000 steps, gamma learned) took the fast recipe (gamma by homotopy, the learning rate by a cosine, its "
-        "peak divided by alpha above 1: there, alpha and the learning rate change together); `--budget` sets the "
-        "steps by the machine's speed, and `--iters` with the steps that are stated repeats it; a command draws "
-        "the runs that are there with `--budget 0`, and trains them without it. All ran on two cores of an AMD "
-        "EPYC (Zen 4), in float32. " + spent +
-        "Where fewer than three seeds stand behind a figure, there is no interval over seeds.", "",
+        "Written by `python -m vae_ood.reproduce claims` from the JSON files beside it; a test fails where the two "
+        "disagree. bpd: bits per dimension of 8-bit data from the negative ELBO, the mean over images (the paper's, "
+        "3.9944 bits lower, cancel in differences). AUROC: of the negative ELBO, outliers are the positive class. "
+        "FPR95: the share of outliers accepted at the threshold that accepts 95% of the inliers. Brackets after a "
+        "number of images tell of the whole set: for `train`, the one that was trained on. A command without `--recipe "
+        "paper` (200,000 steps, gamma learned) took the fast recipe (gamma by homotopy, the learning rate by a cosine, "
+        "its peak divided by alpha above 1: there, alpha and the learning rate change together). An older version set "
+        "the steps by `--budget`; `--iters` with the steps that are stated repeats it. A command draws the runs that "
+        "are there with `--budget 0`, and trains them without it. All ran on two cores of an AMD EPYC (Zen 4), in "
+        f"float32. {spent}Where fewer than three seeds stand behind a figure, there is no interval over seeds.", "",
         *markdown(["claim", "verdict", "ours", "the paper", "command", "figure"], rows), "",
-        *(line for section in sections.values() for line in section)])
+        *(line for lines in sections.values() for line in lines)])
 
 
-def main():
-    """The command."""
-    Parser(description=__doc__.splitlines()[0]).parse_args()
+def checks_of(numbers, word):
+    """Whether each check held that begins with a word, or each of theory's predictions; [] where none was judged."""
+    if "claims" not in numbers:
+        return [row["holds"] for row in numbers.get("rows", [])]
+    judged = any(check["held"] is not None for check in numbers["claims"])
+    return [check["held"] for check in numbers["claims"] if judged and check["claim"].startswith(word)]
+
+
+def section(head, name, numbers):
+    """The lines about one experiment: its command and every check."""
+    return [f"## {head}", "", f"`{numbers['command']}`: [all figures]({name}.md), [JSON]({name}.json)", "",
+            numbers["images"], "",
+            *markdown(["check", "verdict", "figures"],
+                      [[check["claim"], HELD[check["held"]], check["figures"]] for check in numbers["claims"]]),
+            "", f"![{Path(name).name}]({name}.png)", ""]
+
+
+def training_of(runs):
+    """The sentences about the time that `compute`'s runs took, and where they are."""
+    hours = sum(run["seconds_at_median_speed"] for run in runs) / 3600
+    return (f"P2 and P8 rest on {len(runs)} runs, {hours:.1f} hours of training in all at their median speeds "
+            f"({sum(run['flops'] for run in runs):.1e} FLOPs). Their logs and metrics, from which `--runs "
+            "results/runs --budget 0` draws, and two checkpoints, their weights in float16, are in [runs/](runs). ")
+
+
+def write():
+    """Write results/README.md."""
     checkpoint.write_atomic(RESULTS / "README.md", page(RESULTS).encode())
     print(f"written to {RESULTS / 'README.md'}")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()
