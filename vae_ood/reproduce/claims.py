@@ -7,6 +7,7 @@ those that could be did, and "in part" otherwise.
 
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from vae_ood import checkpoint
@@ -27,123 +28,95 @@ def verdict(checks):
         f"{checks.count(one)} {word}" for one, word in HELD.items() if one in checks) + " of its checks"
 
 
-def span(values, form="+.3f"):
-    """The range of some values."""
-    low, high = (f"{value:{form}}" for value in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
-
-
-def seeds_of(groups):
-    """How many seeds stand behind the figures."""
-    low, high = min(map(len, groups)), max(map(len, groups))
-    return f"{low if low == high else f'{low} to {high}'} seed{'s' * (high > 1)}"
+def trained(runs):
+    """The steps and the seeds that stand behind runs."""
+    seeds = sorted(Counter((run["alpha"], run["kappa"], run["iters"]) for run in runs).values())
+    steps = " to ".join(f"{n:,}" for n in dict.fromkeys((min(r["iters"] for r in runs), max(r["iters"] for r in runs))))
+    return f"{steps} steps, {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seed{'s' * (seeds[-1] > 1)}"
 
 
 def p1(numbers):
-    """(ours, the paper's) of FashionMNIST against MNIST."""
-    columns = [column["runs"] for column in numbers["columns"] if column["runs"]]
-    runs = [run for column in columns for run in column]
-    auroc, fpr95 = ([run["detection"]["mnist"][key] for run in runs] for key in ("auroc", "fpr95"))
-    paper = PAPER["table1"].values()
-    return (f"MNIST minus test: {span([gap(run, 'mnist') for run in runs])} bpd over {len(columns)} kappa; gamma "
-            f"{span([run['gamma'] for run in runs], '.5f')}; AUROC {span(auroc, '.4f')}, FPR95 {span(fpr95, '.3f')}; "
-            f"{runs[0]['iters']:,} steps, {seeds_of(columns)}",
-            f"{span([c['mnist'] - c['test'] for c in paper])} bpd; gamma {span([c['gamma'] for c in paper], '.4f')}")
+    """(ours, the paper's, the steps and seeds behind ours) of FashionMNIST against MNIST."""
+    runs = [run for column in numbers["columns"] for run in column["runs"]]
+    ours, paper = [gap(run, "mnist") for run in runs], [c["mnist"] - c["test"] for c in PAPER["table1"].values()]
+    ours, paper = (f"{min(gaps):+.3f} to {max(gaps):+.3f} bpd over kappa" for gaps in (ours, paper))
+    return ours, paper, trained(runs)
 
 
-def p2(name, alphas, longest):
-    """(ours, the paper's) of one of the QUANTITIES by alpha: of each alpha's longest runs, or of those of the number of
-    steps that the most alphas were trained for."""
-    digits = ".5f" if name == "gamma" else "+.3f" if "minus" in name else ".3f"
+def p2(name, alphas):
+    """The same of one of the QUANTITIES, at the first and the last alpha of the number of steps for which the most of
+    these alphas were trained."""
+    digits = ".4f" if name == "gamma" else "+.3f" if "minus" in name else ".3f"
 
     def row(numbers):
-        ours, theirs, seeds, there = [], [], [], numbers["runs"]
-        if not longest:
-            alphas_of = {n: len({run["alpha"] for run in there if run["iters"] == n}) for n in {
-                run["iters"] for run in there}}
-            common = max(alphas_of, key=lambda n: (alphas_of[n], n))
-            there = [run for run in there if run["iters"] == common]
-        for alpha in alphas:
-            runs = [run for run in there if run["alpha"] == alpha]
-            runs = [run for run in runs if run["iters"] == runs[-1]["iters"]]  # sorted by their steps
-            theirs.append(f"{alpha:g}: {THEIRS[name](PAPER['table2'][alpha]):{digits}}")
-            ours.append(f"{alpha:g}: not run")
-            if runs:
-                seeds.append(runs)
-                ours[-1] = f"{alpha:g}: {statistics.mean(map(QUANTITIES[name], runs)):{digits}}"
-                if auroc := QUANTITIES.get(f"{name.split()[0]} AUROC"):  # of an outlier set
-                    ours[-1] += f" (AUROC {statistics.mean(map(auroc, runs)):.3f})"
-                ours[-1] += f" at {runs[0]['iters']:,} steps"
-        what = f"{name} by alpha: "
-        return what + "; ".join([*ours, *([seeds_of(seeds)] if seeds else [])]), what + "; ".join(theirs)
+        there = [run for run in numbers["runs"] if run["alpha"] in alphas]
+        reached = {n: {run["alpha"] for run in there if run["iters"] == n} for n in {run["iters"] for run in there}}
+        iters = max(reached, key=lambda n: (len(reached[n]), n))
+        runs = [run for run in there if run["iters"] == iters]
+        ends = dict.fromkeys((min(reached[iters]), max(reached[iters])))
+        ours = [statistics.mean(QUANTITIES[name](run) for run in runs if run["alpha"] == alpha) for alpha in ends]
+        paper = [THEIRS[name](PAPER["table2"][alpha]) for alpha in ends]
+        ours, paper = (", ".join(f"{value:{digits}} at alpha = {alpha:g}" for alpha, value in zip(
+            ends, values, strict=True)) for values in (ours, paper))
+        return ours, paper, trained(runs)
     return row
 
 
-def p2_crossing(numbers):
-    """(ours, the paper's) of SVHN minus test by training steps."""
-    check, = (check for check in numbers["claims"] if check["claim"].startswith("the crossing"))
-    return f"SVHN minus test (bpd) by alpha, the fewest steps first: {check['figures']}", "after 200,000 steps alone"
+def p2_steps(numbers):
+    """The same of SVHN minus test by training steps, at the largest alpha that was trained the longest."""
+    longest = max(run["iters"] for run in numbers["runs"])
+    alpha = max(run["alpha"] for run in numbers["runs"] if run["iters"] == longest)
+    runs = [run for run in numbers["runs"] if run["alpha"] == alpha]
+    ours = ", ".join(f"{statistics.mean(gap(r, 'svhn') for r in runs if r['iters'] == n):+.3f} at {n:,}"
+                     for n in sorted({run["iters"] for run in runs}))
+    return f"{ours} steps (alpha = {alpha:g})", "after 200,000 steps alone", trained(runs)
 
 
 def p3(numbers):
-    """(ours, the paper's) of the cut-off of the latent dimensions' KL."""
-    groups = {}
-    for column in numbers["columns"]:
-        groups.setdefault(column["alpha"], []).extend(column["runs"])
-    return "; ".join(
-        f"alpha = {alpha:g}: {', '.join(str(run['active_dims']) for run in runs)} active of kappa = "
-        f"{', '.join(str(run['kappa']) for run in runs)}" for alpha, runs in groups.items() if runs) + (
-            f"; {max(run['iters'] for runs in groups.values() for run in runs):,} steps, "
-            f"{seeds_of([c['runs'] for c in numbers['columns'] if c['runs']])}"), (
-            "a figure, whose cut-off is sharper at alpha = 4 than at 1")
+    """The same of the pruning of latent dimensions, at the largest kappa."""
+    runs = [run for column in numbers["columns"] for run in column["runs"]]
+    kappa = max(run["kappa"] for run in runs)
+    ours = ", ".join(f"{run['active_dims']} at alpha = {run['alpha']:g}" for run in runs if run["kappa"] == kappa)
+    return f"active of {kappa}: {ours}", "a cut-off, sharper at alpha = 4 than at 1", trained(runs)
 
 
 def p7(numbers):
-    """(ours, the paper's) of learning gamma as a homotopy."""
-    arms, mean = {name: runs for name, runs in numbers["arms"].items() if runs}, statistics.mean
-    ours = [f"{name}{' (learned, in the checks)' * (name == numbers['learned'])}: error "
-            f"{mean(run['error']['train'] for run in runs):.2f}, MMD {1e3 * mean(run['mmd'] for run in runs):.2f}e-3, "
-            f"gradient {mean(run['gradient']['first'] for run in runs):.0f} at first, "
-            f"{mean(run['gradient']['last'] for run in runs):.0f} at last" for name, runs in arms.items()]
-    paper = [f"{name}: error {row['error']}, MMD {row['mmd']}" for name, row in PAPER["homotopy"].items()]
-    runs = list(arms.values())
-    return "; ".join([*ours, f"{runs[0][0]['iters']:,} steps of {numbers['data']}", seeds_of(runs)]), (
-        "; ".join([*paper, "CelebA"]))
+    """The same of learning gamma as a homotopy."""
+    learned = numbers["learned"]
+    ours = ", ".join(f"{1e3 * statistics.mean(run['mmd'] for run in numbers['arms'][arm]):.0f}e-3 {arm}"
+                     for arm in (learned, "fixed"))
+    paper = ", ".join(f"{row['mmd']} {arm}" for arm, row in PAPER["homotopy"].items())
+    return f"MMD {ours}", f"MMD {paper} (its own units)", trained(numbers["arms"][learned])
 
 
 def p8(numbers):
-    """(ours, the paper's) of choosing alpha by the gap between training and test NLL."""
-    parts = []
-    for iters, chosen in numbers["chosen_alpha"].items():
-        parts.append(f"{int(iters):,} steps: chosen {'none' if chosen is None else f'{chosen:g}'}, gaps " + ", ".join(
-            f"{row['gap_bpd']:+.3f} bpd (z = {row['z']:.1f}) at {row['alpha']:g}" for row in numbers["rows"][iters]))
-    return "; ".join(parts) + "; 1 seed", "proposed, without figures"
+    """The same of choosing alpha by the gap between training and test NLL."""
+    ours = ", ".join(f"{'none' if alpha is None else f'{alpha:g}'} at {int(iters):,} steps"
+                     for iters, alpha in numbers["chosen_alpha"].items())
+    return f"alpha chosen: {ours}", "proposed, without figures", "1 seed"
 
 
 def theory(paper, found=""):
-    """(ours, the paper's) of an experiment under theory/, whose JSON lists predictions; `found` is added to ours."""
+    """The same of an experiment under theory/, whose JSON lists predictions; `found` is added to ours."""
     return lambda numbers: (
-        f"{sum(row['holds'] for row in numbers['rows'])} of {len(numbers['rows'])} predictions hold{found}", paper)
+        f"{sum(row['holds'] for row in numbers['rows'])} of {len(numbers['rows'])} predictions hold{found}", paper, "")
 
 
+SVHN, CELEBA = "SVHN minus test (bpd)", "CelebA minus test (bpd)"
 CLAIMS = [  # (claim, experiment, the word that its checks begin with: "", all of them; the row's figures)
-    ("P1: outliers have the higher NLL, FashionMNIST and MNIST", "reproduce/table1", "mnist bpd", p1),
-    ("P2, the failure: CIFAR-10, SVHN has the lower NLL at small alpha", "reproduce/compute", "svhn bpd below",
-     p2("SVHN minus test (bpd)", (0.25, 0.5, 1), True)),
-    ("P2, the repair: SVHN has the higher NLL at large alpha", "reproduce/compute", "svhn bpd above",
-     p2("SVHN minus test (bpd)", (2, 3, 4), True)),
-    ("P2, its trend: SVHN minus test rises with alpha", "reproduce/compute", "SVHN minus test",
-     p2("SVHN minus test (bpd)", ALPHAS, False)),
-    ("P2, with training: SVHN minus test rises with the steps", "reproduce/compute", "the crossing", p2_crossing),
-    ("P2, CelebA has the higher NLL at every alpha", "reproduce/compute", "celeba bpd above",
-     p2("CelebA minus test (bpd)", ALPHAS, True)),
-    ("P2, gamma falls as alpha grows", "reproduce/compute", "gamma falls", p2("gamma", ALPHAS, False)),
-    ("P2, test bpd falls as alpha grows", "reproduce/compute", "test bpd falls", p2("test bpd", ALPHAS, False)),
+    ("P1: outliers have the higher NLL: MNIST minus test (bpd)", "reproduce/table1", "mnist bpd", p1),
+    (f"P2, the failure: at small alpha {SVHN} is below 0", "reproduce/compute", "svhn bpd below",
+     p2(SVHN, (0.25, 0.5, 1))),
+    (f"P2, the repair: at large alpha {SVHN} is above 0", "reproduce/compute", "svhn bpd above", p2(SVHN, (2, 3, 4))),
+    (f"P2, its trend: {SVHN} rises with alpha", "reproduce/compute", "SVHN minus test", p2(SVHN, ALPHAS)),
+    (f"P2, with training: {SVHN} rises with the steps", "reproduce/compute", "the crossing", p2_steps),
+    (f"P2: {CELEBA} is above 0 at every alpha", "reproduce/compute", "celeba bpd above", p2(CELEBA, ALPHAS)),
+    ("P2: gamma falls as alpha grows", "reproduce/compute", "gamma falls", p2("gamma", ALPHAS)),
+    ("P2: test bpd falls as alpha grows", "reproduce/compute", "test bpd falls", p2("test bpd", ALPHAS)),
     ("P3: superfluous latent dimensions are pruned, more sharply at larger alpha", "reproduce/fig4", "", p3),
-    ("P4: six regimes of capacity and kappa", "theory/regimes", "",
-     theory("hypothetical", "; each seed takes the best of several starts")),
+    ("P4: six regimes of capacity and kappa", "theory/regimes", "", theory("hypothetical", ", of the best of starts")),
     ("P5: a Gaussian on a circle prefers the empty centre", "theory/circle", "",
-     theory("stated, with covariance I", "; the maximum-likelihood covariance is I/2")),
+     theory("stated, with covariance I", "; the covariance is I/2")),
     ("P6: Theorem 1: an unbounded slope is necessary", "theory/theorem1", "",
      theory("proved", "; it is not sufficient")),
     ("P7: learning gamma works as a homotopy", "reproduce/homotopy", "", p7),
@@ -158,28 +131,27 @@ def page(folder):
         path, (group, experiment) = Path(folder, f"{name}.json"), name.split("/")
         numbers = json.loads(path.read_text()) if path.exists() else {}
         checks = checks_of(numbers, word)
-        if not checks:
-            rows.append([claim, verdict(checks), *[""] * 4])
-            continue
-        command = numbers.get("command", f"python -m theory.{experiment}")
-        rows.append([claim, verdict(checks), *row(numbers), f"`{command}`", f"[{experiment}]({name}.png)"])
-        if group == "reproduce":
+        rows.append([claim, verdict(checks), *(row(numbers) if checks else [""] * 3), f"[{experiment}]({name}.png)"])
+        if checks and group == "reproduce":
             sections[name] = section(f"{claim[:2]}: {experiment}", name, numbers)
-        if experiment == "compute":
+        if checks and experiment == "compute":
             spent = training_of(numbers["runs"])
     return "\n".join([
         "# Results", "",
         "Written by `python -m vae_ood.reproduce claims` from the JSON files beside it; a test fails where the two "
-        "disagree. bpd: bits per dimension of 8-bit data from the negative ELBO, the mean over images (the paper's, "
-        "3.9944 bits lower, cancel in differences). AUROC: of the negative ELBO, outliers are the positive class. "
-        "FPR95: the share of outliers accepted at the threshold that accepts 95% of the inliers. Brackets after a "
-        "number of images tell of the whole set: for `train`, the one that was trained on. A command without `--recipe "
-        "paper` (200,000 steps, gamma learned) took the fast recipe (gamma by homotopy, the learning rate by a cosine, "
-        "its peak divided by alpha above 1: there, alpha and the learning rate change together). An older version set "
-        "the steps by `--budget`; `--iters` with the steps that are stated repeats it. A command draws the runs that "
-        "are there with `--budget 0`, and trains them without it. All ran on two cores of an AMD EPYC (Zen 4), in "
-        f"float32. {spent}Where fewer than three seeds stand behind a figure, there is no interval over seeds.", "",
-        *markdown(["claim", "verdict", "ours", "the paper", "command", "figure"], rows), "",
+        "disagree. The sections below give every check behind a verdict; those of theory are in "
+        "[theory/](../theory/README.md).", "",
+        *markdown(["claim", "verdict", "ours", "the paper", "behind ours", "figure"], rows), "",
+        "- bpd: bits per dimension of 8-bit data from the negative ELBO, the mean over images. The paper's are 3.9944 "
+        "lower, which cancels in differences.",
+        "- Outliers are the positive class of every AUROC, which is of the negative ELBO.",
+        "- A command without `--recipe paper` (200,000 steps, gamma learned) took the fast recipe: gamma by homotopy, "
+        "the learning rate by a cosine, its peak divided by alpha above 1.",
+        "- `--budget 0` draws the runs that are there. An older version set the steps by `--budget`; `--iters` with "
+        "the steps that are stated repeats it.",
+        "- Of fewer than three seeds there is no interval over seeds. Brackets after a number of images tell of the "
+        "whole set: for `train`, the one that was trained on.",
+        f"- All ran on two cores of an AMD EPYC (Zen 4), in float32. {spent}", "",
         *(line for lines in sections.values() for line in lines)])
 
 
@@ -195,8 +167,7 @@ def section(head, name, numbers):
     """The lines about one experiment: its command and every check."""
     return [f"## {head}", "", f"`{numbers['command']}`: [all figures]({name}.md), [JSON]({name}.json)", "",
             numbers["images"], "",
-            *markdown(["check", "verdict", "figures"],
-                      [[check["claim"], HELD[check["held"]], check["figures"]] for check in numbers["claims"]]),
+            *(f"- {HELD[check['held']]}: {check['claim']} ({check['figures']})" for check in numbers["claims"]),
             "", f"![{Path(name).name}]({name}.png)", ""]
 
 
@@ -205,7 +176,7 @@ def training_of(runs):
     hours = sum(run["seconds_at_median_speed"] for run in runs) / 3600
     return (f"P2 and P8 rest on {len(runs)} runs, {hours:.1f} hours of training in all at their median speeds "
             f"({sum(run['flops'] for run in runs):.1e} FLOPs). Their logs and metrics, from which `--runs "
-            "results/runs --budget 0` draws, and two checkpoints, their weights in float16, are in [runs/](runs). ")
+            "results/runs --budget 0` draws, and two checkpoints, their weights in float16, are in [runs/](runs).")
 
 
 def write():
