@@ -1,6 +1,6 @@
 """Train a VAE, then evaluate it as an outlier detector.
 
-    python run.py                                                      the embedded sprites, a minute or two on a CPU
+    python run.py                                                      the embedded sprites, about two minutes
     python run.py --data fashionmnist --recipe fast --data-root DIR    real images, some twenty minutes on two cores
     python run.py --data cifar10 --alpha 4 --kappa 32                  the paper's protocol, for a GPU
     python run.py --data my_photos/ --recipe fast --out runs/mine      your own images (a folder, .npy or .npz)

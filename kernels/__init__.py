@@ -1,4 +1,4 @@
-"""Fused ops of the Gaussian VAE, one a file: Triton kernels for CUDA tensors, plain torch for the rest.
+"""Fused ops of the Gaussian VAE: Triton kernels for CUDA tensors, plain torch for the rest.
 
 Nothing here knows of vae_ood; everything is in nats.
 """

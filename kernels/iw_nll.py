@@ -16,18 +16,13 @@ def log_normal(squared_error, d, log_gamma):
     return -0.5 * (squared_error * (-log_gamma).exp() + d * (LOG_2PI + log_gamma))
 
 
-def squared_error_ref(x, mean_or_logits, logits):
-    """||x - mean||^2: x [B, *S] uint8 (of 255) or float, mean_or_logits [B, K, *S] -> [B, K]."""
+def iw_nll_ref(x, mean_or_logits, log_prior_minus_log_q, log_gamma, logits):
+    """`iw_nll` in plain torch, with the squared errors: ([B] in nats, [B, K])."""
     dtype = accumulation_dtype(mean_or_logits)
     mean = mean_or_logits.to(dtype)
     mean = mean.sigmoid() if logits else mean
     x = x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
-    return x.unsqueeze(1).sub(mean).square().sum(tuple(range(2, mean.dim())))
-
-
-def iw_nll_ref(x, mean_or_logits, log_prior_minus_log_q, log_gamma, logits):
-    """`iw_nll` in plain torch, with the squared errors: ([B] in nats, [B, K])."""
-    squared_error = squared_error_ref(x, mean_or_logits, logits)
+    squared_error = x.unsqueeze(1).sub(mean).square().sum(tuple(range(2, mean.dim())))
     log_w = log_normal(squared_error, math.prod(x.shape[1:]), log_gamma)
     if log_prior_minus_log_q is not None:
         log_w = log_w + log_prior_minus_log_q.to(log_w.dtype)

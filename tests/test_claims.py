@@ -69,6 +69,15 @@ def test_an_experiment_without_runs_is_not_reached(tmp_path, monkeypatch, name):
     assert claims.page(tmp_path).count("| not reached |") == len(claims.CLAIMS)
 
 
+def test_alphas_that_were_not_run_are_not_reached(tmp_path):
+    shutil.copytree(RESULTS / "reproduce", tmp_path / "reproduce")
+    path = tmp_path / "reproduce/compute.json"
+    numbers = json.loads(path.read_text())
+    numbers["runs"] = [run for run in numbers["runs"] if run["alpha"] <= 1]
+    path.write_text(json.dumps(numbers))
+    assert "SVHN minus test (bpd) is above 0 | not reached | not run |" in claims.page(tmp_path)
+
+
 @pytest.mark.parametrize(("target", "arguments"), [
     ("compute", ["--seeds", "3"]), ("select", []), ("table2", ["--iters", "10000"])])
 def test_the_tables_of_cifar10_follow_from_the_kept_runs(tmp_path, monkeypatch, target, arguments):

@@ -14,7 +14,7 @@ def test_reconstruction_has_the_shape_of_the_image(shape):
 
 
 @pytest.mark.parametrize(("alpha", "widths"), [(1, [64, 128, 256]), (0.25, [16, 32, 64]), (4, [256, 512, 1024]),
-                                               (0.001, [1, 1, 1])])
+                                               (0.001, [1, 1, 1]), (0.12, [8, 15, 31])])
 def test_alpha_multiplies_the_channels_but_not_kappa(alpha, widths):
     model = VAE((3, 32, 32), alpha, 32)
     assert [conv.out_channels for conv in model.encoder] == widths

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from itertools import groupby
 
 import pytest
 import torch
@@ -15,8 +16,7 @@ from vae_ood.likelihood import bits_per_dim
 from vae_ood.metrics import confident_rank, false_alarm_range
 from vae_ood.model import VAE
 
-PAGES = [page for page in ("README.md", "vae_ood/README.md", "kernels/README.md", "theory/README.md")
-         if (ROOT / page).exists()]
+PAGES = ["README.md", "vae_ood/README.md", "kernels/README.md", "theory/README.md"]
 
 
 def read(page):
@@ -96,11 +96,12 @@ def test_the_commands_that_ci_takes_from_the_front_page_are_there():
 
 def test_the_front_page_quotes_the_verdicts():
     def verdicts(page):
-        """{(claim, verdict)} of a page's tables."""
+        """[(claim, verdict)] of a page's tables, in their order; of equal neighbours one."""
         rows = [(line[2:4], cell) for line in read(page).splitlines() if re.match(r"\| P\d", line)
                 for cell in cells(line)[1:]]
-        return {(claim, verdict[0]) for claim, cell in rows
-                if (verdict := re.match("not reproduced|reproduced|not reached|in part", cell))}
+        found = [(claim, verdict[0]) for claim, cell in rows
+                 if (verdict := re.match("not reproduced|reproduced|not reached|in part", cell))]
+        return [one for one, _ in groupby(found)]
     assert len({claim for claim, _ in verdicts("README.md")}) == 8
     assert verdicts("README.md") == verdicts("results/README.md")
 

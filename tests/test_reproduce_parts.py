@@ -38,6 +38,8 @@ def test_claims_are_judged_by_their_figures():
     assert above(bad, "mnist", "kappa")[1] is falls(bad)[1] is False
     noisy = table([[6.0, 6.0]] * 3, [[7.0, 7.0]] * 3, [[0.19, 0.21], [0.2, 0.22], [0.1, 0.1]])
     assert falls(noisy)[1]
+    worst = table([[6.0, 6.0]] * 3, [[7.0, 5.9], [7.0, 7.0], [7.0, 7.0]], [[0.2, 0.2]] * 3)
+    assert above(worst, "mnist", "kappa")[1] is False
     assert falls([*good, (Run("fashionmnist", 1, 128), [])])[1] is None
     assert above([*good, (Run("fashionmnist", 1, 128), [])], "mnist", "kappa")[1] is None
     assert above([], "mnist", "kappa")[1] is falls(good[:1])[1] is None

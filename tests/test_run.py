@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from vae_ood import UserError, checkpoint, detector, evaluation, training
 from vae_ood.bench import plain_loss
-from vae_ood.data.images import batch_indices, to_unit
+from vae_ood.data.images import Images, batch_indices, to_unit
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES
 
@@ -165,3 +166,33 @@ def test_scores_are_fitted_to_more_training_images_than_are_evaluated(tmp_path, 
     assert len(seen[0]) == metrics["fit_images"] == fitted and metrics["sets"]["train"]["n"] == evaluated
     rows = (tmp_path / "scores.csv").read_text().splitlines()
     assert sum(row.startswith("train,") for row in rows) == evaluated
+
+
+def test_a_density_narrower_than_a_level_has_its_likelihood_in_nats_alone(tmp_path, capsys):
+    args = SimpleNamespace(data="x", sprite_factors=4, skip_bad=False, dequantize=False, alpha=0.1, kappa=2, gamma=1e-6,
+                           schedule="constant", iters=2, batch_size=4, lr=1e-3, seed=0, amp=False, compile=False,
+                           checkpoint_seconds=99, keep=1, keep_at=[], recipe="fast", iw_samples=1, max_images=None,
+                           scores=["nll"])
+    images = torch.randint(256, (20, *SHAPE), dtype=torch.uint8)
+    model, config = training.train(args, images, tmp_path, torch.device("cpu"))
+    assert [json.loads(line)["bpd"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [None, None]
+    sets = {name: Images(name, images) for name in ("train", "test", "noise")}
+    evaluation.evaluate(model, config, sets, args, tmp_path)
+    printed = capsys.readouterr().out
+    assert re.search(r"^test +20 +\u2013 +\u2013 ", printed, re.MULTILINE) and "no code length" in printed
+    row = json.loads((tmp_path / "metrics.json").read_text())["sets"]["test"]
+    assert row["bpd"] is row["bpd_iw"] is None and row["nll"] > 0
+    assert (tmp_path / "nll_histogram.png").stat().st_size > 5000
+
+
+def test_an_older_best_pt_stays_the_best(tmp_path):
+    images = torch.randint(256, (6, *SHAPE), dtype=torch.uint8)
+    args = SimpleNamespace(iters=100)
+    weights = VAE(SHAPE, 0.1, 2).state_dict()
+    checkpoint.save_weights(tmp_path / "best.pt", weights, 50, {}, validation_bpd=6.5)
+    winner = training.Winner(args, images, tmp_path / "best.pt")
+    winner.resume(100)
+    assert winner.step == 50 and winner.nll == pytest.approx(-1.5 * 64 * math.log(2)) and winner.weights
+    winner = training.Winner(args, images, tmp_path / "best.pt")
+    winner.resume(20)  # of a state before it
+    assert winner.step == 0 and winner.weights is None

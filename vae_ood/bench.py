@@ -178,7 +178,7 @@ def ask(connection, what, steps):
     try:
         connection.send(steps)
         value = connection.recv()
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         value = "its process was killed: is there enough memory?"
     if isinstance(value, str):
         raise UserError(f"timing the {what} failed ({value})")

@@ -18,8 +18,6 @@ except ImportError:  # not on Windows
 
 RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))  # as torchrun sets them
-
-
 NAMED = ("sprites", "fashionmnist", "mnist", "cifar10", "svhn", "celeba")  # to train on, with a test part of their own
 
 

@@ -1,7 +1,7 @@
 """What is fitted to inliers: modules whose buffers are all they know; `type(it)(**it.state_dict())` is it again.
 
-Each is fitted by `fit(x)` to rows x [N, D], and takes rows [M, D] to one number each [M], larger where they lie farther
-out. All are float64 tensors.
+Each is fitted by `fit(x)` to rows x [N, D] (`Tail`: to scores [N]), and takes others to one number each [M], larger
+where they lie farther out. All are float64 tensors.
 """
 
 import math

@@ -27,10 +27,8 @@ def drawn(function, path, *arguments):
 
 def figure_and_axes(width=7.0, height=4.2):
     """A new figure with one pair of axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -70,11 +68,9 @@ def draw_histogram(axes, nll, unit, title):
 def outliers(path, images, p_values, scores, title):
     """Write the 16 most and the 16 least outlying of uint8 images [N, C, H, W] with their p-values [N]; scores [N] say
     which, as p-values tie."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     order = np.lexsort((-scores, p_values))
     figure = Figure(figsize=(10.0, 6.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
     for part, name, chosen in zip(figure.subfigures(2), ("most outlying", "least outlying, the least last"),
                                   (order[:16], order[max(16, len(order) - 16):]), strict=True):

@@ -173,8 +173,13 @@ class Winner:
             except UserError as error:
                 print(error)
         state = from_first(load) if step else None
-        if state and state["step"] <= step and isinstance(state.get("validation_nll"), float):
-            self.step, self.nll, self.weights = state["step"], state["validation_nll"], state["model"]
+        if not state or state["step"] > step:
+            return
+        nll = state.get("validation_nll")
+        if nll is None and isinstance(state.get("validation_bpd"), float):  # of an older version, with 8 for log2 255
+            nll = (state["validation_bpd"] - 8) * self.images[0].numel() * math.log(2)
+        if isinstance(nll, float):
+            self.step, self.nll, self.weights = state["step"], nll, state["model"]
 
     def compare(self, model, step):
         """The NLL after `step`, which wins if it is the lowest so far."""

@@ -44,12 +44,14 @@ def p1(numbers):
 
 
 def p2(name, alphas):
-    """The same of one of the QUANTITIES, at the first and the last alpha of the number of steps for which the most of
-    these alphas were trained."""
+    """The same of one of the QUANTITIES, at the smallest and the largest alpha of the number of steps that the most of
+    these alphas were trained for."""
     digits = ".4f" if name == "gamma" else "+.3f" if "minus" in name else ".3f"
 
     def row(numbers):
         there = [run for run in numbers["runs"] if run["alpha"] in alphas]
+        if not there:
+            return "not run", "", ""
         reached = {n: {run["alpha"] for run in there if run["iters"] == n} for n in {run["iters"] for run in there}}
         iters = max(reached, key=lambda n: (len(reached[n]), n))
         runs = [run for run in there if run["iters"] == iters]

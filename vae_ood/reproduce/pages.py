@@ -68,7 +68,7 @@ def figure(name, args, rows, columns, draw):
     sheet = Figure(figsize=(5.5 * columns, 4 * rows), dpi=110, layout="constrained")
     draw(sheet.subplots(rows, columns, squeeze=False))
     sheet.savefig(Path(args.out, f"{name}.png"))
-    print(f"written to {Path(args.out, name)}.*")
+    print(f"written to {Path(args.out, name)}.png")
 
 
 def name_axis(axes, label, values):
