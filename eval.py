@@ -15,20 +15,32 @@ from vae_ood.cli import NAMED, Parser, add_evaluation_arguments, one_line_errors
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, metavar="PATH", help="the folder of a run, or one of its checkpoints "
-                        "(for ckpt.pt, best.pt where there is one)")
+    parser.add_argument("--ckpt", metavar="PATH", help="the folder of a run, or one of its checkpoints (for ckpt.pt, "
+                        "best.pt where there is one)")
+    parser.add_argument("--detector", metavar="FILE", help="the detector.pt of a run, which is all that --score needs")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: beside the checkpoint)")
     group = parser.add_argument_group("own images")
     group.add_argument("--score", metavar="PATH", help="a folder of pictures, a .npy or a .npz to score")
+    group.add_argument("--fit", action="store_true", help="fit the detector of --ckpt anew, and write its detector.pt")
     group.add_argument("--data", metavar="PATH", help="where the model's own training images are now, if not where "
                        "they were")
     group.add_argument("--fpr", type=rate, default=0.05, help="false-alarm rate at which to flag (default 0.05), on "
                        "average over the images that calibrate")
     group.add_argument("--confidence", type=rate, metavar="C", help="keep the false-alarm rate at most --fpr for "
                        "a share C of what the images that calibrate could have been, not on average")
+    group.add_argument("--fdr", type=rate, metavar="Q", help="flag so that of the flagged at most the share Q is "
+                       "ordinary, on average, in place of a false-alarm rate (Benjamini and Hochberg; proven for "
+                       "pictures that are each a thing of their own)")
     group.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be decoded")
     add_evaluation_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if bool(args.ckpt) == bool(args.detector):
+        parser.error("give --ckpt, or --detector, which --score alone takes")
+    if args.fdr and args.confidence:
+        parser.error("--confidence is of the false-alarm rate: give it or --fdr")
+    if args.detector and (args.fit or not args.score):
+        parser.error("--detector: give --score PATH; to fit one, give --ckpt and --fit")
+    return args
 
 
 if __name__ == "__main__":
@@ -36,17 +48,18 @@ if __name__ == "__main__":
         ARGS = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import RANK, make_folder, pick_device
-from vae_ood.detector import Calibration, largest_rank
+from vae_ood.detector import COMPARED, WORDS, Detector, Member, largest_rank
 from vae_ood.evaluation import (
     FIT_IMAGES, check_scores, evaluate, limit_images, load_inliers, load_others, load_outliers)
 from vae_ood.features import DECODED_OFTEN
-from vae_ood.metrics import cross_bound, false_alarm_range
+from vae_ood.metrics import benjamini_hochberg, cross_bound, false_alarm_range
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.scores import SCORES
 
@@ -70,111 +83,163 @@ def folder_of_scores(out, args):
     return folder
 
 
-def score_images(members, args, out):
-    """Flag the outliers among the images of --score at the false-alarm rate --fpr, by conformal p-values of the first
-    score. `members`: (model, config, split), one or a run's folds."""
+def fitted(members, args):
+    """The detector of `members`, (model, config, split), one or a run's folds, fitted to their training images."""
+    found = []
+    for model, config, split in members:
+        sets = load_inliers(config, args, split)
+        agree(sets, [args.iw_samples, args.scores])
+        print(f"fitting {args.scores[0]} to {len(sets['train'].pixels):,} training images, calibrating on "
+              f"{len(sets['test'].pixels):,} others", flush=True)
+        found.append(Member.fit(model, config, sets, args.scores, args))
+    return Detector.of(members[0][1], found, args)
+
+
+def find_detector(args, device):
+    """The detector of --detector, or of the run that --ckpt names, fitted where there is none or --fit asks for it."""
+    if args.detector:
+        detector = Detector.load(args.detector, device)
+        if args.scores and args.scores[0] not in detector.scores:
+            raise UserError(f"{args.detector} is fitted with {', '.join(detector.scores)}: fit {args.scores[0]} with "
+                            f"eval.py --ckpt RUN --fit --scores {args.scores[0]}")
+        return detector
+    kept = Path(args.ckpt if Path(args.ckpt).is_dir() else Path(args.ckpt).parent) / "detector.pt"
+    whole = Path(args.ckpt).is_dir() or Path(args.ckpt).name in ("ckpt.pt", "best.pt")  # not one of --keep-at
+    if whole and not args.fit and from_first(kept.exists):
+        detector = Detector.load(kept, device)
+        if detector.serves(args):
+            return detector
+    _, members = load_members(args, device)
+    args.scores = args.scores or ["default"]
+    reads = {feature for name in args.scores for feature in SCORES[name].reads}
     _, config, _ = members[0]
+    limit_images(args, config["shape"], config["alpha"], config["kappa"], device,
+                 *(() if reads & set(DECODED_OFTEN) else (FIT_IMAGES, 1)))
+    detector = fitted(members, args)
+    if args.fit and RANK == 0:
+        kept = kept if whole else kept.with_name(f"detector-{Path(args.ckpt).stem}.pt")
+        detector.save(kept)
+        print(f"written to {kept}")
+    return detector
+
+
+def score_images(detector, args, out):
+    """Flag the outliers among the images of --score at the false-alarm rate --fpr, by conformal p-values."""
+    config, score = detector.config, args.scores[0] if args.scores else detector.scores[0]
     if not Path(args.score).exists():
         raise UserError(f"--score {args.score}: there is no such folder or file")
     own = load_others(config, str(Path(args.score).resolve()), args)
-    inliers = [load_inliers(c, args, split) for _, c, split in members]
-    tests = [sets["test"] for sets in inliers]
-    things = sum(len(np.unique(t.groups)) if t.groups is not None else len(t.pixels) for t in tests)
-    rank = largest_rank(args, things, len(members))
+    rank = None if args.fdr else largest_rank(args, detector.things, len(detector.members))
     out = Path(from_first(lambda: str(folder_of_scores(out, args))))
     for note in own.notes:
         print(f"{own.name}: {note}")
     if Path(args.score).resolve() == Path(config["data"]):
         print("note: the model was trained on these images; the false-alarm rate holds for new ones only")
-    agree({"score": own} | {f"{part}{i}": s[part] for i, s in enumerate(inliers) for part in s},
-          [args.iw_samples, args.scores, args.fpr, args.confidence])
-    calibration = Calibration(args.scores[0])
-    for (model, c, _), sets in zip(members, inliers, strict=True):
-        print(f"fitting {args.scores[0]} to {len(sets['train'].pixels):,} training images, calibrating on "
-              f"{len(sets['test'].pixels):,} others", flush=True)
-        calibration.add(model, c, sets, own, args)
+    agree({"score": own}, [config["images_crc32"], score, args.fpr, args.fdr, args.confidence])
+    said = detector.say(own)
     if RANK == 0:
-        report(calibration, own, rank, config.get("group_by"), args, out)
+        report(detector, own, said, score, rank, args, out)
 
 
-def report(calibration, own, rank, how, args, out):
+def report(detector, own, said, score, rank, args, out):
     """Write scores.csv and outliers.png, and print the most outlying images and what the flags are worth."""
-    p, things, folds, known = (calibration.p_values(), calibration.things, len(calibration.folds),
-                               calibration.siblings)
+    p, things, folds = detector.p_values(score, said), detector.things, len(detector.members)
     limit = args.fpr if args.confidence is None else rank / (things + 1)
-    flagged = p <= limit + 1e-9
-    scores = {name: values / folds for name, values in calibration.new.items()}
-    score = scores[args.scores[0]]
+    flagged = benjamini_hochberg(p, args.fdr) if args.fdr else p <= limit + 1e-9
+    scores = {name: np.mean([of[name] for of in said], 0) for name in detector.scores}
+    components = {name.split(".")[1]: detector.p_values(name, said) for name in said[0] if name.startswith(f"{score}.")}
+    distance, copies, known = detector.compare(own.pixels)
     names = own.files or range(len(p))
-    checkpoint.write_csv(
-        out / "scores.csv", ["file" if own.files else "index", *scores, "p_value", "outlier", "likeness", "known"],
-        zip(names, *(values.tolist() for values in scores.values()), p.tolist(), flagged.astype(int).tolist(),
-            calibration.likeness.tolist(), known.astype(int).tolist(), strict=True))
+    columns = {"file" if own.files else "index": names} | {name: v.tolist() for name, v in scores.items()} | {
+        "p_value": p.tolist(), "outlier": flagged.astype(int).tolist(), "likeness": (1 - distance).tolist(),
+        "known": known.astype(int).tolist()} | {f"p_{name}": v.tolist() for name, v in components.items()}
+    checkpoint.write_csv(out / "scores.csv", columns, zip(*columns.values(), strict=True))
     if plots.available():
-        plots.drawn(plots.outliers, out / "outliers.png", own.pixels.numpy(), p, score,
-                    printable(f"{Path(own.name).name}: {args.scores[0]}, calibrated on {things:,} things"))
+        plots.drawn(plots.outliers, out / "outliers.png", own.pixels.numpy(), p, scores[score],
+                    printable(f"{Path(own.name).name}: {score}, calibrated on {things:,} things"))
     else:
         print("no figure: pip install matplotlib")
-    print(f"\n{'image':<40}{args.scores[0]:>19}{'p-value':>10}")
-    for i in np.lexsort((-score, p))[:10]:
-        print(f"{printable(names[i])[-39:]:<40}{score[i]:>12.1f}{'':7}{p[i]:>10.4f}{'  outlier' if flagged[i] else ''}")
+    print(f"\n{'image':<40}{score:>19}{'p-value':>10}")
+    for i in np.lexsort((-scores[score], p))[:10]:
+        why = WORDS[min(components, key=lambda name: components[name][i])] if components else ""
+        print(f"{printable(names[i])[-39:]:<40}{scores[score][i]:>12.1f}{'':7}{p[i]:>10.4f}"
+              f"{'  outlier' if flagged[i] else '':9}  {why}".rstrip())
     if known.any():
-        print(f"{known.sum():,} of {len(p):,} images show what training images show ({calibration.copies.sum():,} are "
-              f"copies), {flagged[known].sum():,} of them flagged: the rate is that of new things")
-    if calibration.farther(own, how) < 0.01:
+        print(f"{known.sum():,} of {len(p):,} images show what training images show ({copies.sum():,} are copies), "
+              f"{flagged[known].sum():,} of them flagged: the rate is that of new things")
+    chosen = np.random.default_rng(0).permutation(len(p))[:COMPARED]
+    if detector.farther(own.take(chosen), distance[chosen]) < 0.01:
         print("these images lie farther from the training images than those that calibrate did: unless they are "
               "outliers, they are of another kind, and the false-alarm rate is not assured for them")
+    if args.fdr:
+        least = math.ceil(len(p) / (args.fdr * (things + 1)) - 1e-9)
+        print(f"{flagged.sum():,} of {len(p):,} images flagged, of which at most {args.fdr:.1%} are ordinary, on "
+              f"average (calibrated on {things:,} things)\nwritten to {out / 'scores.csv'}")
+        if not flagged.any() and least > 1:
+            print(f"at this rate {least:,} images must score above all that calibrate before one is flagged: give a "
+                  "larger --fdr, or calibrate on more things")
+        return
     low, high = false_alarm_range(rank, things)
     sure = f" (the rate is at most {args.fpr:g} with confidence {args.confidence:g})" if args.confidence else ""
+    images = sum(len(member.groups) for member in detector.members)
     print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {limit:.4g}{sure}\n"
           f"of new things like the training data, at most {limit:.1%} would be on average, between {low:.1%} and "
-          f"{high:.1%} for nine calibrations in ten (calibrated on {things:,} things, {calibration.images:,} images)\n"
+          f"{high:.1%} for nine calibrations in ten (calibrated on {things:,} things, {images:,} images)\n"
           f"written to {out / 'scores.csv'}")
     if folds > 1:
         print(f"of {folds} folds that rate is usual; proven, for things of one image, is at most "
               f"{cross_bound(limit, folds, things):.1%} (arXiv 1905.02928)")
 
 
+def load_members(args, device):
+    """([path], [(model, config, split)]) of the checkpoints that --ckpt names: one, or those of a run's folds."""
+    paths = [Path(path) for path in from_first(lambda: [str(path) for path in checkpoint.to_evaluate(args.ckpt)])]
+    members = [checkpoint.load_model(path, device) for path in paths]
+    config = members[0][1]
+    if args.data:
+        if config["data"] in NAMED:
+            raise UserError(f"--data: the model is for {config['data']}, whose files are in --data-root")
+        data = str(Path(args.data).resolve())
+        members = [(model, config | {"data": data}, split) for model, config, split in members]
+    for path in paths:
+        if path.name == "best.pt":
+            print(f"evaluating {path}, whose step was the best on validation images")
+    if len(members) != config.get("folds", 1) and (args.score or args.fit or len(members) > 1):
+        raise UserError(f"{args.ckpt} holds {len(members)} of {config.get('folds', 1)} folds: give the folder of "
+                        "all of them, or go on with that run with --resume")
+    return paths, members
+
+
 def main(args):
-    args.scores = args.scores or (["default"] if args.score else None)
-    check_scores(args)
+    for name in args.scores or ():
+        if name not in SCORES:
+            raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}")
     device = pick_device(args.device)
     with workers(device, args.timeout):
-        paths = [Path(path) for path in from_first(lambda: [str(path) for path in checkpoint.to_evaluate(args.ckpt)])]
-        members = [checkpoint.load_model(path, device) for path in paths]
-        if args.data:
-            if members[0][1]["data"] in NAMED:
-                raise UserError(f"--data: the model is for {members[0][1]['data']}, whose files are in --data-root")
-            data = str(Path(args.data).resolve())
-            members = [(model, config | {"data": data}, split) for model, config, split in members]
-        model, config, split = members[0]
-        for path in paths:
-            if path.name == "best.pt":
-                print(f"evaluating {path}, whose step was the best on validation images")
-        if len(members) != config.get("folds", 1) and (args.score or len(members) > 1):
-            raise UserError(f"{args.ckpt} holds {len(members)} of {config.get('folds', 1)} folds: give the folder of "
-                            "all of them, or go on with that run with --resume")
-        reads = {feature for name in args.scores for feature in SCORES[name].reads}
-        decoded_once = args.score and not reads & set(DECODED_OFTEN)
-        limit_images(args, config["shape"], config["alpha"], config["kappa"], device,
-                     *((FIT_IMAGES, 1) if decoded_once else ()))
-        out = Path(args.out or (args.ckpt if Path(args.ckpt).is_dir() else Path(args.ckpt).parent))
-        if args.score and not args.out:
-            own = Path(args.score).resolve()
-            out /= f"score-{own.name if own.is_dir() else own.stem}"
-        if args.score:
-            score_images(members, args, out)
-        elif len(members) > 1:
+        if args.score or args.fit:
+            detector = find_detector(args, device)
+            if not args.score:
+                return
+            own, beside = Path(args.score).resolve(), Path(args.ckpt or "")
+            out = Path(args.out) if args.out else (beside if beside.is_dir() else beside.parent) / (
+                f"score-{own.name if own.is_dir() else own.stem}")
+            score_images(detector, args, out)
+            return
+        paths, members = load_members(args, device)
+        if len(members) > 1:
             raise UserError(f"{args.ckpt} holds {len(members)} folds: outlier sets are evaluated for one model; give "
                             f"one of them, {paths[0].parent}")
-        else:
-            sets = load_inliers(config, args, split)
-            sets |= load_outliers(config, args, sets["test"])
-            agree(sets, [args.iw_samples, args.scores])
-            if (out / "score.json").exists():
-                raise UserError(f"{out} holds the scores of other images: give another --out")
-            from_first(lambda: make_folder(out))
-            evaluate(model, config, sets, args, out)
+        (model, config, split), = members
+        check_scores(args)
+        limit_images(args, config["shape"], config["alpha"], config["kappa"], device)
+        out = Path(args.out or paths[0].parent)
+        sets = load_inliers(config, args, split)
+        sets |= load_outliers(config, args, sets["test"])
+        agree(sets, [args.iw_samples, args.scores])
+        if (out / "score.json").exists():
+            raise UserError(f"{out} holds the scores of other images: give another --out")
+        from_first(lambda: make_folder(out))
+        evaluate(model, config, sets, args, out)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,7 @@ import argparse
 import math
 
 from vae_ood.cli import (
-    NAMED, Parser, add_evaluation_arguments, one_line_errors, positive_float, positive_int, rate)
-
-RECIPES = {  # the paper's section 4; and ours, tuned on training and inlier test bits per dimension alone
-    "paper": {"gamma": "learn", "lr": 1e-4, "schedule": "constant", "iters": 200_000},
-    "fast": {"gamma": "homotopy", "lr": 1e-3, "schedule": "cosine", "iters": 10_000},
-}
-GRAY = ("sprites", "fashionmnist", "mnist")  # take twice the learning rate, at which CIFAR-10 diverges at alpha = 1
+    NAMED, RECIPES, Parser, add_evaluation_arguments, complete, one_line_errors, positive_float, positive_int, rate)
 
 
 def add_data_arguments(parser):
@@ -81,20 +75,7 @@ def parse_args():
     add_training_arguments(parser)
     add_evaluation_arguments(parser)
     args = parser.parse_args()
-
-    args.recipe = args.recipe or ("fast" if args.data == "sprites" else "paper")
-    defaults = RECIPES[args.recipe] | {"alpha": 1.0, "kappa": 32}
-    if args.recipe == "fast" and args.data in GRAY:
-        defaults["lr"] = 2e-3
-    if args.data == "sprites":
-        defaults |= {"alpha": 0.25, "kappa": 4 * args.sprite_factors}
-        if args.recipe == "fast":
-            defaults["iters"] = 3000
-    if args.recipe == "fast":  # wider layers bear less of it: 1e-3 diverged on CIFAR-10 at alpha = 2
-        defaults["lr"] /= max(1, args.alpha or 1)
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    complete(args)
     if args.gamma not in ("learn", "optimal", "homotopy"):
         try:
             args.gamma = positive_float(args.gamma)
@@ -128,14 +109,9 @@ from vae_ood import UserError, checkpoint, evaluation
 from vae_ood.data import groups
 from vae_ood.cli import RANK, WORLD, pick_device
 from vae_ood.data import load
+from vae_ood.detector import Detector, Member, measure
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.training import CONFIG, train
-
-
-def own_split(images, names, labels, args, fold):
-    """The split of own images, whose digests are `names` and whose groups labels() gives [N]."""
-    which = groups.split(labels(), names, args.fpr, args.folds, fold, images.given)
-    return {"group": torch.from_numpy(labels()), "part": torch.from_numpy(which), "crc32": groups.checksum(names)}
 
 
 def describe(parts, args):
@@ -174,7 +150,8 @@ def main(args):
         if not own:
             sets = {part: load(args.data, part, args.data_root, None, args.sprite_factors, args.skip_bad)
                     for part in (("train",) if args.no_eval else ("train", "test"))}
-            train_and_evaluate(args, sets, None, out, device)
+            member, config = train_and_evaluate(args, sets, None, out, device)
+            save_detector(config, [member], args, out)
             return
         if (out / "ckpt.pt").exists() if args.folds > 1 else any(out.glob("fold-*/ckpt.pt")):
             raise UserError(f"{out} already holds a run with{'out' * (args.folds > 1)} --folds: give another --out")
@@ -182,21 +159,33 @@ def main(args):
         names = groups.digests(images.pixels)
         labels = functools.cache(lambda: from_first(
             lambda: torch.from_numpy(groups.group(images, args.group_by))).numpy())
+        members = []  # of the detector
         for fold in range(args.folds):
             place = out / f"fold-{fold + 1}" if args.folds > 1 else out
             if args.folds > 1:
                 print(f"fold {fold + 1} of {args.folds}")
             state, _ = from_first(lambda place=place: checkpoint.load_newest(place / "ckpt.pt")) if args.resume else (
                 None, [])
-            split = state.get("split") if state else own_split(images, names, labels, args, fold)
+            split = state.get("split") if state else groups.split_of(
+                images, names, labels(), args.fpr, args.folds, fold)
             sets = groups.parts(images, split)
             if split:
                 describe(sets, args)
-            train_and_evaluate(args, sets, split, place, device, images.files)
+            member, config = train_and_evaluate(args, sets, split, place, device, images.files)
+            members.append(member)
+        save_detector(config, members, args, out)
+
+
+def save_detector(config, members, args, out):
+    """Write detector.pt, unless --no-eval asks for the training alone."""
+    if RANK == 0 and not args.no_eval:
+        Detector.of(config, members, args).save(out / "detector.pt")
+        print(f"written to {out / 'detector.pt'}, which eval.py --detector takes")
 
 
 def train_and_evaluate(args, sets, split, out, device, files=None):
-    """Train on sets["train"], and evaluate; `split` and `files` of own images go to groups.csv."""
+    """Train on sets["train"], fit the detector and evaluate; `split` and `files` of own images go to groups.csv. Gives
+    the detector's Member, None where --no-eval asks for the training alone, and the config."""
     images = sets["train"]
     for note in images.notes:
         print(f"train: {note}")
@@ -212,9 +201,14 @@ def train_and_evaluate(args, sets, split, out, device, files=None):
             checkpoint.write_csv(out / "groups.csv", ["file" if files else "index", "group", "part"], zip(
                 files or range(len(split["group"])), split["group"].tolist(), (groups.PARTS[p] for p in split["part"]),
                 strict=True))
+        (out / "detector.pt").unlink(missing_ok=True)  # of an earlier state
         model, config = train(args, images.pixels, out, device, split, validation.pixels if validation else None)
-        if not args.no_eval:
-            evaluation.evaluate(model, config, sets, args, out)
+        if args.no_eval:
+            return None, config
+        fitted = measure(model, config, sets["train"], args, "train")
+        member = Member.fit(model, config, sets, ["default"], args, fitted)
+        evaluation.evaluate(model, config, sets, args, out, fitted)
+        return member, config
 
 
 if __name__ == "__main__":

@@ -177,14 +177,19 @@ def model():
     return VAE((1, 8, 8), 0.1, 2, gamma=0.01).eval().requires_grad_(False)
 
 
+def fitted(config, folds, score):
+    """The detector of `folds`: (training pixels, pixels that calibrate, the groups of both, if any)."""
+    members = [detector.Member.fit(model(), config, {
+        "train": Images("train", train, groups=groups), "test": Images("test", test, groups=groups)}, [score], ARGS)
+        for train, test, groups in folds]
+    return detector.Detector.of(config, members, ARGS)
+
+
 def flagged_by_noise_alone(seed):
     """The share of p-values up to 0.05 where all images are the same one, so that only their noise differs."""
     pixels = torch.full((CALIBRATION, 1, 8, 8), 99, dtype=torch.uint8)
-    calibration = detector.Calibration("nll")
-    calibration.compare = lambda *_: None
-    inliers = {"train": Images("train", pixels), "test": Images("test", pixels)}
-    calibration.add(model(), CONFIG | {"seed": seed}, inliers, Images("new", pixels[:NEW]), ARGS)
-    return (calibration.p_values() <= 0.05).mean()
+    found = fitted(CONFIG | {"seed": seed}, [(pixels, pixels, None)], "nll")
+    return (found.p_values("nll", found.say(Images("new", pixels[:NEW]))) <= 0.05).mean()
 
 
 def test_images_have_noise_of_their_own():
@@ -217,17 +222,14 @@ def test_folds_calibrate_on_every_thing():
     pixels = torch.from_numpy(rng.integers(0, 256, (12, 1, 8, 8), np.uint8))
     label = np.array([0, 0, 1, 1, 2, 2])
     new = Images("new", torch.from_numpy(rng.integers(0, 256, (5, 1, 8, 8), np.uint8)))
-    calibration, shares, first = detector.Calibration("pixel_moments"), 0, None
-    args = SimpleNamespace(scores=["pixel_moments"], iw_samples=1, max_images=None)
-    for fold in (0, 1):
-        train = Images("train", pixels[6 * (1 - fold):6 * (2 - fold)], groups=label)
-        test = Images("test", pixels[6 * fold:6 * fold + 6], groups=label)
-        calibration.add(model(), CONFIG | {"seed": 0}, {"train": train, "test": test}, new, args)
-        features = [detector.measure(model(), CONFIG | {"seed": 0}, x, args, "x") for x in (train, test, new)]
+    config, shares = CONFIG | {"seed": 0}, 0
+    folds = [(pixels[6:], pixels[:6], label), (pixels[:6], pixels[6:], label)]
+    found = fitted(config, folds, "pixel_moments")
+    for train, test, _ in folds:
+        features = [detector.measure(model(), config, Images("x", x), ARGS, "x") for x in (train, test, new.pixels)]
         scorer = SCORES["pixel_moments"].fit(features[0])
         held_out, scores = scorer(features[1]), scorer(features[2])
-        first = scores if first is None else first
         shares = shares + sum((held_out[label == g] >= scores[:, None]).mean(1) for g in range(3))
-    np.testing.assert_allclose(calibration.p_values(), (1 + shares) / 7)
-    assert calibration.things == 6 and calibration.images == 12
-    np.testing.assert_allclose(calibration.new["pixel_moments"] - first, scores)
+    np.testing.assert_allclose(found.p_values("pixel_moments", found.say(new)), (1 + shares) / 7)
+    assert found.things == 6 and [len(member.groups) for member in found.members] == [6, 6]
+    np.testing.assert_allclose(found.say(new)[1]["pixel_moments"], scores)

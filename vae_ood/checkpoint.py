@@ -18,6 +18,7 @@ from vae_ood.model import VAE
 from vae_ood.parallel import from_first
 
 VERSION = 1
+FILES = {"checkpoint": "ckpt.pt", "detector": "detector.pt"}
 
 
 class Damaged(UserError):
@@ -126,25 +127,38 @@ def resume(path, config, model, optimizer):
     return state["step"], state["seconds"], None if notes else state["step"]
 
 
-def load(path):
-    """The dict that `save` wrote, on the CPU. Raises UserError if `path` is missing or too new, Damaged if it is no
-    checkpoint or damaged."""
+def write_state(path, state):
+    """Write tensors and plain values as `path`, atomically. Raises UserError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getbuffer())
+
+
+def read_state(path, what="checkpoint"):
+    """What torch.save wrote to `path`, on the CPU: tensors and plain values, whose checksums hold. Raises UserError if
+    it is missing, Damaged for anything else; `what` names it."""
     try:
         data = Path(path).read_bytes()  # here, not in torch, whose OSErrors may mean a damaged file
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: give the ckpt.pt that run.py wrote") from None
+        raise UserError(f"there is no {what} {path}: give the {FILES[what]} that run.py wrote") from None
     except OSError as error:
-        raise Damaged(f"{path} cannot be read ({error.strerror}): give another checkpoint") from None
+        raise Damaged(f"{path} cannot be read ({error.strerror}): give another {what}") from None
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if archive.testzip():  # torch does not look at the checksums
                 raise zipfile.BadZipFile
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a foreign, damaged or malicious file makes torch raise
         if out_of_memory(error):
             raise
         reason = "it asks to run code" if "GLOBAL" in str(error) else "foreign or damaged"
-        raise Damaged(f"{path} is not a checkpoint of run.py ({reason}): nothing in it was executed") from None
+        raise Damaged(f"{path} is not a {what} of run.py ({reason}): nothing in it was executed") from None
+
+
+def load(path):
+    """The dict that `save` wrote, on the CPU. Raises UserError if `path` is missing or too new, Damaged if it is no
+    checkpoint or damaged."""
+    state = read_state(path)
     version = state.get("version") if isinstance(state, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise UserError(f"{path} was written by a newer vae-ood (format {version}, this one reads up to {VERSION}): "
@@ -205,8 +219,23 @@ def load_model(path, device="cpu"):
     except Exception as error:  # a config that was tampered with
         raise UserError(f"{path} is damaged: its settings are unusable ({type(error).__name__})") from None
     restore(state, path, model, assign=True)
-    model = model.to(device, memory_format=torch.channels_last)
-    return model.eval().requires_grad_(False), config, state.get("split")
+    return ready(model, device), config, state.get("split")
+
+
+def ready(model, device):
+    """The model, ready to evaluate on the device."""
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def rebuilt(config, weights, device):
+    """The model of a config with these weights, ready to evaluate on the device; any exception where they do not
+    fit."""
+    with torch.device("meta"):  # what a damaged config asks for may be too large
+        model = VAE(config["shape"], config["alpha"], config["kappa"])
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ValueError("weights that are not finite")
+    model.load_state_dict(weights, assign=True)
+    return ready(model, device)
 
 
 def launch_name():

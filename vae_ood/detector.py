@@ -1,21 +1,41 @@
-"""What a model and its fitted scores say of new images, calibrated on inliers that it has not seen."""
+"""A model, what was fitted to its training images and how that is calibrated, in one file: fit, save, load, score.
+
+    detector = Detector.load("runs/photos/detector.pt")
+    detector.p_value(images)                # [N], how often an ordinary new picture scores at least as high
+    detector.predict(images, fpr=0.05)      # [N], True where it is flagged
+"""
 
 import functools
+import io
 import math
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
-from vae_ood import UserError
-from vae_ood.cli import Progress
-from vae_ood.data.groups import group, things_needed
-from vae_ood.data.likeness import Nearest, farther, near
-from vae_ood.features import Features
+from vae_ood import UserError, checkpoint
+from vae_ood.cli import Progress, complete, pick_device
+from vae_ood.data.groups import group, parts, split_of, things_needed
+from vae_ood.data.images import Images
+from vae_ood.data.likeness import Nearest, digests, farther, near, numbered
+from vae_ood.data.own import to_pixels
+from vae_ood.features import DECODED_OFTEN, Features, decoded_means
 from vae_ood.likelihood import evaluate
-from vae_ood.metrics import confident_rank, conformal_p_values
+from vae_ood.metrics import benjamini_hochberg, confident_rank, conformal_p_values
+from vae_ood.parallel import from_first
 from vae_ood.scores import SCORES
+from vae_ood.training import train
 
+FORMAT = 1
+FIT_IMAGES = 30_000  # of the training set: scores are fitted to so many, where --max-images does not say
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
 COMPARED = 2_000  # images that calibrate, and new ones, by how near they lie to the training images
+WORDS = {"residual_spectrum": "fine texture", "residual_regions": "texture of a region",
+         "likelihood_path": "how well it is reconstructed", "latents": "layout, as the latents see it",
+         "joint": "an unusual combination"}  # what a component of `default` speaks of
 
 
 def measure(model, config, images, args, label, first=0):
@@ -40,65 +60,201 @@ def finite(name, scores):
     return scores
 
 
-class Calibration:
-    """The scores of inliers that no model has seen and of new images, by one model or by each of some folds."""
+class Member:
+    """A model, its scores fitted to its training images, and what they say of inliers that it has not seen."""
 
-    def __init__(self, score):
-        self.score, self.images, self.folds, self.new = score, 0, [], {}
-        self.near, self.copies, self.siblings = [], False, False
+    def __init__(self, model, scores, said, groups, nearest, held_out, seen):
+        """`said` {name: [n]}: the scores of the images that calibrate, of `groups` [n]; `held_out`: distance and local
+        scale [m] of the first of these to the training images `nearest`; `seen`: how many images have had noise."""
+        self.model, self.scores, self.said, self.groups = model, scores, said, np.asarray(groups, np.int64)
+        self.nearest, self.held_out, self.seen = nearest, held_out, seen
 
-    def add(self, model, config, inliers, own, args):
-        """Fit the scores to a model's training images, and score its calibration images and the new ones, each with
-        noise of its own."""
+    @classmethod
+    def fit(cls, model, config, inliers, scores, args, fitted=None):
+        """Fit `scores`, names, to inliers["train"], whose features may be there already, and calibrate on
+        inliers["test"]."""
         train, test = inliers["train"], inliers["test"]
-        groups = np.arange(len(test.pixels)) if test.groups is None else test.groups
-        n = len(train.pixels)
-        fitted = measure(model, config, train, args, "train")
-        calibration = measure(model, config, test, args, "calibration", first=n)
-        features = measure(model, config, own, args, "score", first=n + len(test.pixels))
-        for name in args.scores:
-            scorer = SCORES[name].fit(fitted)
-            scores = finite(name, scorer(features))
-            self.new[name] = self.new.get(name, 0) + scores
-            if name == self.score:
-                self.folds.append((finite(name, scorer(calibration)), groups, scores))
-        self.images += len(test.pixels)
-        self.compare(train.pixels, test.pixels[:COMPARED], groups[:COMPARED], own.pixels)
+        n, groups = len(train.pixels), np.arange(len(test.pixels)) if test.groups is None else test.groups
+        fitted = fitted or measure(model, config, train, args, "train")
+        scores = {name: SCORES[name].fit(fitted) for name in scores}
+        nearest = Nearest.of(train.pixels)
+        member = cls(model, scores, {}, groups, nearest, nearest.distance(test.pixels[:COMPARED]), n)
+        member.said = member.say(config, test, args, "calibration")
+        member.seen = n + len(test.pixels)
+        return member
 
-    def compare(self, train, test, groups, own):
-        """How near the calibration images and the new ones lie to the training images."""
-        nearest = Nearest(train)
-        held_out = nearest.distance(test)
-        distance, copies, siblings = nearest.known(own, held_out)
-        self.near.append((held_out[0], groups, distance))
-        self.copies, self.siblings = self.copies | copies, self.siblings | siblings
+    def say(self, config, images, args, label="score", first=0):
+        """{name: scores [N]} of `Images`, the first of which is the new one number `first`, for its noise."""
+        features = measure(self.model, config, images, args, label, self.seen + first)
+        return {name: finite(name, values) for score, fitted in self.scores.items()
+                for name, values in fitted.said(score, features).items()}
 
-    def p_values(self):
-        """The conformal p-values of the new images [N]."""
-        return conformal_p_values(*self.folds)
+    def state(self):
+        """Tensors and plain values, which `restore` takes."""
+        return {"model": self.model.state_dict(), "groups": torch.from_numpy(self.groups),
+                "scores": {name: fitted.state_dict() for name, fitted in self.scores.items()},
+                "said": {name: torch.from_numpy(values) for name, values in self.said.items()},
+                "nearest": self.nearest.state_dict(), "held_out": [torch.from_numpy(v) for v in self.held_out],
+                "seen": self.seen}
+
+    @classmethod
+    def restore(cls, config, state, device):
+        """The member that gave the state."""
+        model = checkpoint.rebuilt(config, state["model"], device)
+        scores = {name: SCORES[name].restore(values) for name, values in state["scores"].items()}
+        said = {name: finite(name, values.numpy()) for name, values in state["said"].items()}
+        groups = state["groups"].numpy()
+        if {groups.shape} != {values.shape for values in said.values()}:
+            raise ValueError("scores and groups")
+        return cls(model, scores, said, groups, Nearest(**state["nearest"]),
+                   tuple(v.numpy() for v in state["held_out"]), int(state["seen"]))
+
+
+class Detector:
+    """Scores images, and says how often ordinary ones score as high.
+
+    Images are uint8 or float [0, 1] arrays or tensors, [N, H, W, C], [N, C, H, W] or [N, H, W], or lists of paths or of
+    Pillow's pictures; all are brought to the model's size. It writes nothing and prints nothing.
+    """
+
+    def __init__(self, config, members):
+        """`config`: what determines the model and its input; one `Member`, or one of each fold."""
+        self.config, self.members = config, members
+        self.args = SimpleNamespace(max_images=config["max_images"], iw_samples=config["iw_samples"])
+        self.scores = list(members[0].scores)
+        self.score = self.scores[0]
+
+    @classmethod
+    def of(cls, config, members, args):
+        """The detector of members that were fitted with the command's `args`."""
+        return cls(config | {"max_images": args.max_images, "iw_samples": args.iw_samples}, members)
+
+    def serves(self, args):
+        """Whether it was fitted as the command's `args` ask for."""
+        often = {feature for name in self.scores for feature in SCORES[name].reads} & set(DECODED_OFTEN)
+        return (set(args.scores or ()) <= set(self.scores)
+                and args.max_images in (None, self.config["max_images"])
+                and (not often or args.iw_samples == self.config["iw_samples"]))
+
+    @classmethod
+    def fit(cls, images, alpha=1.0, kappa=32, recipe="fast", iters=None, groups=None, fpr=0.05, seed=0, device="auto"):
+        """Train a VAE on images of ordinary things and fit the detector, as `run.py --data images` does.
+
+        `images` are as those that it scores, of one size. groups [N]: equal for images of one thing; by default what is
+        alike is one. fpr: the smallest false-alarm rate that will be asked for, which decides how many things are held
+        out to calibrate. Raises UserError where the images are too few.
+        """
+        args = SimpleNamespace(
+            data="images", sprite_factors=4, skip_bad=False, dequantize=False, alpha=alpha, kappa=kappa, gamma=None,
+            schedule=None, iters=iters, batch_size=64, lr=None, seed=seed, amp=False, recipe=recipe, compile=None,
+            checkpoint_seconds=math.inf, keep=1, keep_at=[], group_by="near", folds=1, range=None, max_images=None,
+            iw_samples=16)
+        complete(args)
+        own = Images("images", to_pixels(images))
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+            names, labels = digests(own.pixels), near(own.pixels) if groups is None else numbered(groups)
+            split = split_of(own, names, labels, fpr)
+            sets = parts(own, split)
+            validation = sets.pop("validation", None)
+            model, config = train(args, sets["train"].pixels, Path(folder), pick_device(device), split,
+                                  validation and validation.pixels)
+            sets["train"] = sets["train"].first(FIT_IMAGES)
+            return cls.of(config, [Member.fit(model, config, sets, ["default"], args)], args)
+
+    def save(self, path):
+        """Write the file, atomically. Raises UserError."""
+        checkpoint.write_state(path, {"detector": FORMAT, "config": self.config,
+                                      "members": [member.state() for member in self.members]})
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """The detector that `save` wrote. Raises UserError for a file that is missing, foreign, damaged or newer; none
+        of its content is run."""
+        state = from_first(lambda: checkpoint.read_state(path, "detector"))
+        if not isinstance(state, dict) or not isinstance(state.get("detector"), int):
+            raise UserError(f"{path} is not a detector: give the detector.pt that run.py wrote")
+        if state["detector"] > FORMAT:
+            raise UserError(f"{path} was written by a newer vae-ood (format {state['detector']}, this one reads up to "
+                            f"{FORMAT}): update vae-ood")
+        try:
+            config = state["config"]
+            found = cls(config, [Member.restore(config, member, device) for member in state["members"]])
+            one = Images("one", torch.zeros(1, *config["shape"], dtype=torch.uint8))  # to see that all of it fits
+            found.p_values(found.score, found.say(one))
+            found.compare(one.pixels)
+            return found
+        except Exception as error:  # anything that a damaged or tampered file may hold
+            raise UserError(f"{path} is damaged: its content does not fit ({type(error).__name__})") from None
+
+    def images(self, images):
+        """`Images` of the model's shape."""
+        return Images("images", to_pixels(images, self.config["shape"], self.config.get("range")))
+
+    def say(self, images, first=0):
+        """[{name: scores [N]} of each member] of `Images`."""
+        return [member.say(self.config, images, self.args, first=first) for member in self.members]
+
+    def p_values(self, name, said):
+        """The conformal p-values [N] of one of the scores, from what the members say."""
+        return conformal_p_values(*((member.said[name], member.groups, of[name])
+                                    for member, of in zip(self.members, said, strict=True)))
+
+    def decision_function(self, images):
+        """The scores [N], larger = more outlying; the mean over the folds."""
+        return np.mean([of[self.score] for of in self.say(self.images(images))], 0)
+
+    def p_value(self, images):
+        """Conformal p-values [N] in (0, 1]: of new things like the training data, at most a share p scores as high."""
+        return self.p_values(self.score, self.say(self.images(images)))
+
+    def predict(self, images, fpr=0.05, fdr=None):
+        """Which images are outliers [N], bool: at the false-alarm rate `fpr`, or with `fdr` at the false-discovery rate
+        by Benjamini and Hochberg: of the flagged, at most that share are ordinary, on average (arXiv 2104.08279)."""
+        p = self.p_value(images)
+        return p <= fpr + 1e-9 if fdr is None else benjamini_hochberg(p, fdr)
+
+    def explain(self, images):
+        """For each image a dict: score, p_value, components {name: p-value} where the score is `default`, speaks (what
+        the component of the smallest p-value speaks of), reconstruction (uint8 [H, W, C]), likeness to the nearest
+        training image, known (whether it shows what a training image shows)."""
+        own = self.images(images)
+        said = self.say(own)
+        p, found = self.p_values(self.score, said), []
+        components = {name.split(".")[1]: self.p_values(name, said) for name in said[0] if "." in name}
+        means = decoded_means(self.members[0].model, own.pixels)
+        distance, _, known = self.compare(own.pixels)
+        for i in range(len(p)):
+            of = {name: float(values[i]) for name, values in components.items()}
+            found.append({
+                "score": float(np.mean([one[self.score][i] for one in said])), "p_value": float(p[i]),
+                "components": of, "speaks": WORDS[min(of, key=of.get)] if of else self.score,
+                "reconstruction": means[i], "likeness": float(1 - distance[i]), "known": bool(known[i])})
+        return found
+
+    def compare(self, pixels):
+        """Of uint8 pixels [N, C, H, W]: the distance to the nearest training image, the mean over the folds; whether
+        each is a copy of one, and whether it shows what one shows [N]."""
+        found = [member.nearest.known(pixels, member.held_out) for member in self.members]
+        distance, copies, known = (np.stack(values) for values in zip(*found, strict=True))
+        return distance.mean(0), copies.any(0), known.any(0)
 
     @property
     def things(self):
         """How many things calibrate."""
-        return sum(len(np.unique(groups)) for _, groups, _ in self.folds)
+        return sum(len(np.unique(member.groups)) for member in self.members)
 
-    @property
-    def likeness(self):
-        """Of each new image to the nearest training image [N], the mean over the folds."""
-        return 1 - sum(distance for _, _, distance in self.near) / len(self.near)
-
-    def farther(self, own, how):
-        """The p-value of the test that new `Images` lie farther from the training images than those that calibrate, one
-        image of each thing; of the new ones, things by `how`, or by likeness where that does not fit them."""
-        chosen = np.random.default_rng(0).permutation(len(own.pixels))[:COMPARED]
-        some = own.take(chosen)
+    def farther(self, own, distance):
+        """The p-value of the test that new `Images`, at this mean distance from the training images [N], lie farther
+        from these than those that calibrate, one image of each thing; of the new ones, things by the run's --group-by,
+        or by likeness where that does not fit them."""
+        how = self.config.get("group_by")
         try:
-            groups = group(some, "near" if how in (None, "none") or how.lower().endswith(".csv") else how)
+            groups = group(own, "near" if how in (None, "none") or how.lower().endswith(".csv") else how)
         except UserError:
-            groups = near(some.pixels)
-        known = np.concatenate([distance for distance, _, _ in self.near])
-        folds = np.concatenate([numbers.astype(np.int64) + i * 2**32 for i, (_, numbers, _) in enumerate(self.near)])
-        return farther(1 - self.likeness[chosen], groups, known, folds)
+            groups = near(own.pixels)
+        known = np.concatenate([member.held_out[0] for member in self.members])
+        folds = np.concatenate([member.groups[:COMPARED] + i * 2**32 for i, member in enumerate(self.members)])
+        return farther(distance, groups, known, folds)
 
 
 def largest_rank(args, things, folds):

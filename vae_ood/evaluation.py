@@ -16,14 +16,13 @@ from vae_ood.data.groups import parts
 from vae_ood.data.images import PRIOR, generator
 from vae_ood.data.likeness import set_digest
 from vae_ood.data.synthetic import CORRUPTIONS, corrupt
-from vae_ood.detector import TRAIN_IMAGES, finite, measure
+from vae_ood.detector import FIT_IMAGES, TRAIN_IMAGES, finite, measure
 from vae_ood.likelihood import bits_per_dim
 from vae_ood.metrics import detection, latent_spectrum, mmd
 from vae_ood.model import flops
 from vae_ood.scores import SCORES
 
 NO_CODE = "\N{EN DASH}"  # in place of bits per dimension
-FIT_IMAGES = 30_000  # of the training set: scores are fitted to so many, where --max-images does not say
 MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of the prior
 CPU_FLOPS = 1e13  # the most that decoding a set may take on a CPU (some two minutes on two cores)
 
@@ -118,10 +117,11 @@ def load_outliers(config, args, test):
     return sets
 
 
-def evaluate(model, config, sets, args, out):
+def evaluate(model, config, sets, args, out, fitted=None):
     """Evaluate `sets` ({'train', 'test', outliers...: Images}), print the tables and write the files to `out`. Scores
-    are fitted to all of 'train', of which TRAIN_IMAGES are evaluated where --max-images does not say."""
-    fitted = measure(model, config, sets["train"], args, "train")
+    are fitted to all of 'train', of which TRAIN_IMAGES are evaluated where --max-images does not say; `fitted` are the
+    features of 'train' where they are there already."""
+    fitted = fitted or measure(model, config, sets["train"], args, "train")
     sets = sets | {"train": sets["train"].first(args.max_images or TRAIN_IMAGES)}
     features = {name: measure(model, config, images, args, name) for name, images in sets.items()}
     features["train"].likelihoods = fitted.likelihoods

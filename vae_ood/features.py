@@ -164,6 +164,14 @@ def _decode(model, z):
     return model.decode(z).sigmoid() if model.logits else model.decode(z)
 
 
+@torch.inference_mode()
+@exact_convolutions
+def decoded_means(model, images):
+    """The reconstructions mu_x(mu_z) of uint8 images [N, C, H, W], uint8 [N, H, W, C]."""
+    means = [_decode(model, model.encode(x)[0]) for x in _batches(model, images)]
+    return (255 * torch.cat(means)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 def _gather(parts):
     """Lists of tensors as float64 arrays."""
     return {name: torch.cat(list(values)).cpu().double().numpy() for name, values in parts.items()}

@@ -33,21 +33,33 @@ class Fitted(torch.nn.Module):
     def forward(self, features):
         return self.density(read(features, self.reads)).numpy()
 
+    def said(self, name, features):
+        """{name: scores [N]}: the score's own, and its components' as name.component."""
+        return {name: self(features)}
+
 
 class Combined(torch.nn.Module):
     """`default`, fitted: its components, and the tails of what they say of inliers."""
 
-    def __init__(self, train):
+    def __init__(self, components, tails):
         super().__init__()
+        self.components, self.tails = torch.nn.ModuleList(components), torch.nn.ModuleList(tails)
+
+    @classmethod
+    def fit(cls, train):
         kept = every_fifth(train["groups"])
-        self.components = torch.nn.ModuleList(SCORES[name].fit(Part(train, ~kept)) for name in COMPONENTS)
-        self.tails = torch.nn.ModuleList(Tail.fit(torch.from_numpy(component(Part(train, kept))))
-                                         for component in self.components)
+        components = [SCORES[name].fit(Part(train, ~kept)) for name in COMPONENTS]
+        return cls(components, [Tail.fit(torch.from_numpy(component(Part(train, kept)))) for component in components])
 
     def forward(self, features):
-        surprises = [tail(torch.from_numpy(component(features)))
-                     for component, tail in zip(self.components, self.tails, strict=True)]
-        return torch.stack(surprises).norm(4, dim=0).numpy()
+        return self.said("", features)[""]
+
+    def said(self, name, features):
+        """{name: scores [N]}: the score's own, and its components' as name.component."""
+        parts = [component(features) for component in self.components]
+        surprises = [tail(torch.from_numpy(part)) for part, tail in zip(parts, self.tails, strict=True)]
+        return {name: torch.stack(surprises).norm(4, dim=0).numpy()} | {
+            f"{name}.{component}": part for component, part in zip(COMPONENTS, parts, strict=True)}
 
 
 def every_fifth(groups):
@@ -69,8 +81,21 @@ class Score:
     def fit(self, train):
         """The function from images' features to their scores [N], float64, fitted to training images' features."""
         if self.by is Combined:
-            return Combined(train)
+            return Combined.fit(train)
         return Fitted(self.reads, self.by.fit(read(train, self.reads)) if isinstance(self.by, type) else self.by)
+
+    def restore(self, state):
+        """What `fit` gave, from its state_dict."""
+        if self.by is Combined:
+            return Combined([SCORES[name].restore(under(state, f"components.{i}."))
+                             for i, name in enumerate(COMPONENTS)],
+                            [Tail(**under(state, f"tails.{i}.")) for i in range(len(COMPONENTS))])
+        return Fitted(self.reads, self.by(**under(state, "density.")) if isinstance(self.by, type) else self.by)
+
+
+def under(state, prefix):
+    """The entries of a state_dict below a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def value(x):

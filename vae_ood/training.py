@@ -7,6 +7,7 @@ import signal
 import time
 import zlib
 from contextlib import nullcontext
+from threading import current_thread, main_thread
 
 import numpy as np
 import torch
@@ -313,7 +314,7 @@ def train(args, images, out, device, split=None, validation=None):
     run = Training(args, images, device)
     loop, signals = Loop(run, out, config, split, validation), []
     handlers = {s: signal.signal(s, lambda number, frame: signals.append(number))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+                for s in (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread()}
     try:
         if loop.step < args.iters:
             loop.expect()

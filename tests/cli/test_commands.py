@@ -25,6 +25,7 @@ from PIL import Image
 from tests.conftest import ROOT
 from vae_ood import checkpoint
 from vae_ood.data import load
+from vae_ood.scores import COMPONENTS
 
 TINY = ("run.py", "--alpha", 0.1, "--batch-size", 16, "--no-compile")
 OWN = (*TINY, "--recipe", "fast", "--no-eval", "--data")
@@ -33,6 +34,9 @@ OWN = (*TINY, "--recipe", "fast", "--no-eval", "--data")
 def rows(path):
     with open(path) as file:
         return list(csv.DictReader(file))
+
+
+COLUMNS = ["file", "default", "p_value", "outlier", "likeness", "known"]
 
 
 def refused(result, *words):
@@ -46,8 +50,9 @@ def refused(result, *words):
 
 def test_run_writes_what_it_promises(tiny_run):
     out, stdout = tiny_run
-    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "config.json", "log.jsonl", "metrics.json",
-                                                     "mutual_information.png", "nll_histogram.png", "scores.csv"]
+    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "config.json", "detector.pt", "log.jsonl",
+                                                     "metrics.json", "mutual_information.png", "nll_histogram.png",
+                                                     "scores.csv"]
     first = stdout.splitlines()[0]
     assert re.match(r"179,170 parameters, 20,000 training images, 200 steps of 64 on \w+: about \d+ \w+", first), first
     assert "latent dimensions carry the data; the family has 4" in stdout
@@ -99,7 +104,8 @@ def test_score_own_images(tiny_run, command, tmp_path):
             Image.fromarray(image).save(folder / f"{kind}{i:02d}.png")
     result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", folder, "--fpr", 0.1, "--iw-samples", 2)
     table = rows(out / "score-mine.1" / "scores.csv")
-    assert list(table[0]) == ["file", "default", "p_value", "outlier", "likeness", "known"] and len(table) == 80
+    assert list(table[0]) == [*COLUMNS, *(f"p_{name}" for name in COMPONENTS)] and len(table) == 80
+    assert min(float(row[f"p_{name}"]) for row in table for name in COMPONENTS) >= 1 / 301 - 1e-9
     for row in table:
         assert row["outlier"] == str(int(float(row["p_value"]) <= 0.1))
     flagged = {kind: sum(int(r["outlier"]) for r in table if r["file"].startswith(kind))
@@ -116,6 +122,21 @@ def test_score_own_images(tiny_run, command, tmp_path):
             60, "--out", tmp_path / "s")
     flags = [(r["index"], r["outlier"]) for r in rows(tmp_path / "s" / "scores.csv")]
     assert flags == [(str(i), "1") for i in range(5)]
+
+
+def test_of_the_flagged_few_are_ordinary(tiny_run, command, tmp_path):
+    out, _ = tiny_run
+    np.save(tmp_path / "new.npy", torch.cat([load("sprites", "test").pixels[1000:1060], load("discs", "test").pixels[
+        :40]]).numpy())
+    scored = ("eval.py", "--detector", out / "detector.pt", "--score", tmp_path / "new.npy", "--out", tmp_path / "s")
+    result = command(*scored, "--fdr", 0.1)
+    flagged = [int(row["outlier"]) for row in rows(tmp_path / "s" / "scores.csv")]
+    assert sum(flagged[60:]) >= 38 and sum(flagged[:60]) <= 12
+    assert f"{sum(flagged)} of 100 images flagged, of which at most 10.0% are ordinary" in result.stdout
+    np.save(tmp_path / "new.npy", load("sprites", "test").pixels[1000:1100].numpy())
+    result = command(*scored, "--fdr", 0.001)
+    assert "0 of 100 images flagged" in result.stdout and "333 images must score above" in result.stdout
+    assert refused(command(*scored, "--fdr", 0.1, "--confidence", 0.9, check=False), "--fdr")
 
 
 def test_the_readme_s_commands_for_own_images(tiny_run, tmp_path):
@@ -322,7 +343,12 @@ def test_eval_refuses_in_one_line(tiny_run, command, tmp_path):
     ckpt = ["--ckpt", out / "ckpt.pt"]
     for arguments, words in ((["--ckpt", tmp_path / "no.pt"], ["is not a checkpoint"]),
                              (["--ckpt", tmp_path / "missing.pt"], ["there is no checkpoint"]),
-                             ([], ["--ckpt"]),
+                             ([], ["--ckpt, or --detector"]), ([*ckpt, "--detector", "x"], ["--ckpt, or --detector"]),
+                             (["--detector", tmp_path / "no.pt"], ["give --score"]),
+                             (["--detector", tmp_path / "no.pt", "--score", tmp_path], ["is not a detector"]),
+                             (["--detector", out / "ckpt.pt", "--score", tmp_path], ["is not a detector"]),
+                             (["--detector", out / "detector.pt", "--score", tmp_path, "--scores", "nll"],
+                              ["is fitted with default", "--fit"]),
                              ([*ckpt, "--score", "noise"], ["there is no such folder or file"]),
                              ([*ckpt, "--score", tmp_path / "empty"], ["holds no pictures"]),
                              ([*ckpt, "--score", tmp_path, "--fpr", 2], ["--fpr"]),
@@ -442,6 +468,30 @@ def test_levels_are_kept_and_moved_training_images_are_named_and_found(command, 
     command(*scored, "--data", tmp_path / "b.npy")
 
 
+def test_a_detector_needs_nothing_else(own_run, command, tmp_path):
+    photos, out, _ = own_run
+    (tmp_path / "r").mkdir()
+    for name in ("ckpt.pt", "best.pt"):
+        shutil.copy(out / name, tmp_path / "r")
+    assert "written to" in command("eval.py", "--ckpt", tmp_path / "r", "--fit", "--iw-samples", 1).stdout
+    new, kept = photographs(tmp_path / "new", 4, 100), tmp_path / "r" / "detector.pt"
+    command("eval.py", "--ckpt", tmp_path / "r" / "best.pt", "--score", new, "--out", tmp_path / "a")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    kept.rename(elsewhere / "d.pt")
+    photos.rename(tmp_path / "gone")
+    try:
+        result = subprocess.run([sys.executable, ROOT / "eval.py", "--detector", "d.pt", "--score", new], cwd=elsewhere,
+                                capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert refused(command("eval.py", "--ckpt", tmp_path / "r", "--score", new, check=False), "any more", "--data")
+    finally:
+        (tmp_path / "gone").rename(photos)
+    assert (tmp_path / "a/scores.csv").read_text() == (elsewhere / "score-new/scores.csv").read_text()
+    command("eval.py", "--ckpt", out, "--score", new, "--iw-samples", 1, "--out", tmp_path / "b")  # fitted anew
+    assert (tmp_path / "a/scores.csv").read_text() == (tmp_path / "b/scores.csv").read_text()
+
+
 @pytest.mark.slow
 def test_an_evaluation_beside_a_training(command, tmp_path):
     arguments = [*map(str, TINY), "--iters", "1500", "--no-eval", "--checkpoint-seconds", "0.02", "--out",
@@ -534,7 +584,7 @@ def test_new_things_are_scored_and_copies_told_apart(own_run, command, tmp_path)
         shutil.copy(photos / name, new / "copies" / f"{i}.png")
     result = command("eval.py", "--ckpt", out, "--score", new, "--iw-samples", 1)
     table = rows(out / "score-new" / "scores.csv")
-    assert list(table[0]) == ["file", "default", "p_value", "outlier", "likeness", "known"] and len(table) == 125
+    assert list(table[0])[:6] == COLUMNS and len(table) == 125
     known = {row["file"] for row in table if row["known"] == "1"}
     assert {f"copies/{i}.png" for i in range(5)} <= known and len(known) <= 9
     assert re.search(r"images show what training images show \(5 are copies\)", result.stdout)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from vae_ood import UserError
 from vae_ood.data.likeness import digests, near, numbered
@@ -117,6 +118,13 @@ def split(labels, digests, fpr, folds=1, fold=0, given=None):
     if given is not None:
         part[:given] = np.where(part[:given] == CALIBRATION, TRAIN, part[:given])
     return part
+
+
+def split_of(images, names, labels, fpr, folds=1, fold=0):
+    """The `split` of own `Images`, whose digests are `names` [N] and whose groups are `labels` [N], as checkpoints keep
+    it: {"group", "part"} [N] and a checksum of all images."""
+    part = split(labels, names, fpr, folds, fold, images.given)
+    return {"group": torch.from_numpy(labels), "part": torch.from_numpy(part), "crc32": checksum(names)}
 
 
 def parts(images, split=None):

@@ -201,27 +201,43 @@ def clustered(vectors, distance):
     return float((median > LEAP * distance[:, -1] * (n / 2 / k) ** growth).mean())
 
 
-class Nearest:
-    """Training pictures [N, C, H, W], uint8, as their digests and SKETCH numbers each, to look new ones up in.
+def as_numbers(names):
+    """Digests as int64 [N]."""
+    return torch.from_numpy(np.frombuffer(b"".join(names), np.int64).copy())
+
+
+def sketch(vectors, basis):
+    """Likeness vectors' coordinates along the basis, and the length of what is left, [N, SKETCH]."""
+    inside = vectors @ basis
+    left = (vectors.square().sum(1, keepdim=True) - inside.square().sum(1, keepdim=True)).clamp(min=0).sqrt()
+    return torch.cat([inside, left], 1)
+
+
+class Nearest(torch.nn.Module):
+    """Training pictures as their digests and SKETCH numbers each, to look new ones up in; the buffers are all it knows.
 
     The numbers are a picture's coordinates along the directions that carry most of all likeness vectors, and the length
     of what is left: their inner product is never below the pictures' likeness, and 1 for a picture with itself.
     """
 
-    def __init__(self, pixels):
-        vectors = likeness_vectors(pixels)
-        self.digests, self.basis = set(digests(pixels)), sketch_basis(vectors)[:, 1:]
-        self.sketches = self._sketch(vectors).half()
-        n = len(pixels)
-        some = torch.from_numpy(np.random.default_rng(0).permutation(n)[:1000])
-        distance = self._distances(self.sketches[some].float(), 1)  # without the picture itself
-        self.rank = min(RANK, max(1, n // 2))
-        self.share = share(self.rank, dimension(distance, np.full(len(some), self.rank - 1)))
+    def __init__(self, basis, sketches, copies, share):
+        """basis [2 SIDE^2, SKETCH - 1]; sketches [N, SKETCH], half; copies [N]: the digests as int64; share []: of the
+        local scale, within which siblings lie."""
+        super().__init__()
+        for name, value in (("basis", basis), ("sketches", sketches), ("copies", copies), ("share", share)):
+            self.register_buffer(name, value)
+        self.rank = min(RANK, max(1, len(sketches) // 2))
 
-    def _sketch(self, vectors):
-        inside = vectors @ self.basis
-        left = (vectors.square().sum(1, keepdim=True) - inside.square().sum(1, keepdim=True)).clamp(min=0).sqrt()
-        return torch.cat([inside, left], 1)
+    @classmethod
+    def of(cls, pixels):
+        """Of training pictures [N, C, H, W], uint8."""
+        vectors, n = likeness_vectors(pixels), len(pixels)
+        basis = sketch_basis(vectors)[:, 1:]
+        found = cls(basis, sketch(vectors, basis).half(), as_numbers(digests(pixels)), torch.tensor(0.0).double())
+        some = torch.from_numpy(np.random.default_rng(0).permutation(n)[:1000])
+        distance = found._distances(found.sketches[some].float(), 1)  # without the picture itself
+        found.share.fill_(share(found.rank, dimension(distance, np.full(len(some), found.rank - 1))))
+        return found
 
     def _distances(self, sketches, skipped=0):
         likeness = (sketches @ self.sketches.float().T).topk(min(LISTED + skipped, len(self.sketches)), 1)[0]
@@ -229,7 +245,7 @@ class Nearest:
 
     def distance(self, pixels):
         """1 - likeness [M] of pictures [M, C, H, W] to their nearest training picture, and their local scale [M]."""
-        found = [self._distances(self._sketch(likeness_vectors(part))) for part in pixels.split(512)]
+        found = [self._distances(sketch(likeness_vectors(part), self.basis)) for part in pixels.split(512)]
         return (np.concatenate([d[:, 0] for d in found]),
                 np.concatenate([d[:, min(self.rank, d.shape[1]) - 1] for d in found]))
 
@@ -238,8 +254,8 @@ class Nearest:
         [M], or so near one as siblings are [M] (copies included), and as hardly one of the `strangers` is: the
         `distance` of pictures of things that did not train."""
         nearest, scale = self.distance(pixels)
-        copy = np.array([digest in self.digests for digest in digests(pixels)])
-        share = min(self.share, np.quantile(strangers[0] / np.maximum(strangers[1], 1e-9), 0.01))
+        copy = torch.isin(as_numbers(digests(pixels)), self.copies).numpy()
+        share = min(float(self.share), np.quantile(strangers[0] / np.maximum(strangers[1], 1e-9), 0.01))
         return nearest, copy, copy | (nearest < share * scale)
 
 

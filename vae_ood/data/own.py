@@ -58,7 +58,8 @@ def decode(source, name, levels=None):
     image = _pillow()
     from PIL import ImageOps
     try:
-        with image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with source.copy() if isinstance(source, image.Image) else image.open(
+                io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             if picture.info.get("Software") == SOFTWARE:
                 return Picture(None)
             frames, tags = getattr(picture, "n_frames", 1), getattr(picture, "tag_v2", {})
@@ -268,6 +269,26 @@ def _pixels(array, path, levels):
     if levels is None and kind in "iu" and out.max() == 1:
         notes.append(f"{array.dtype} up to 1: nearly black; if 1 is white, save it as bool, or add --range 0 1")
     return torch.from_numpy(out), notes
+
+
+def to_pixels(images, shape=None, levels=None):
+    """uint8 [N, *shape] of images in a program's memory: uint8 or float [0, 1] arrays or tensors, [N, H, W, C],
+    [N, C, H, W] or [N, H, W], or a list of paths or of Pillow's pictures; without a shape they have one size. Raises
+    UserError."""
+    if isinstance(images, torch.Tensor):
+        images = images.detach().cpu().numpy()
+    if isinstance(images, np.ndarray):
+        pixels = _pixels(images, "the array", levels)[0]
+        return convert(pixels, shape or pixels.shape[1:])
+    if isinstance(images, (str, Path)):
+        raise UserError("give a list of paths, or an array of images")
+    decoded = [torch.from_numpy(np.ascontiguousarray(decode(one, str(one), levels).pixels))[None] for one in images]
+    if not decoded:
+        raise UserError("there are no images in the list")
+    if not shape and len({one.shape[2:] for one in decoded}) > 1:
+        raise UserError("the pictures differ in size: resize them to one size first")
+    shape = shape or (max(one.shape[1] for one in decoded), *decoded[0].shape[2:])
+    return torch.cat([convert(one, shape) for one in decoded])
 
 
 def own_images(path, shape=None, skip_bad=False, levels=None):
