@@ -232,7 +232,7 @@ class Nearest(torch.nn.Module):
     def of(cls, pixels):
         """Of training pictures [N, C, H, W], uint8."""
         vectors, n = likeness_vectors(pixels), len(pixels)
-        basis = sketch_basis(vectors)[:, 1:]
+        basis = sketch_basis(vectors)[:, 1:].contiguous()  # else the file would keep all directions
         found = cls(basis, sketch(vectors, basis).half(), as_numbers(digests(pixels)), torch.tensor(0.0).double())
         some = torch.from_numpy(np.random.default_rng(0).permutation(n)[:1000])
         distance = found._distances(found.sketches[some].float(), 1)  # without the picture itself
