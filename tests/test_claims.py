@@ -104,6 +104,7 @@ def test_the_other_verdicts_follow_from_the_kept_figures(tmp_path, monkeypatch, 
 
     if target == "homotopy":
         alpha = kept["arms"][kept["learned"]][0]["alpha"]
+        assert (alpha, tuple(kept["arms"])) == latents.ARMS["fast"]  # the kept command makes it again
         monkeypatch.setitem(latents.ARMS, "fast", (alpha, tuple(kept["arms"])))
         (tmp_path / f"{kept['data']}_a{alpha:g}_k64_fast_{kept['learned']}_").mkdir()
         monkeypatch.setattr(runs, "plan", lambda columns, args: [
