@@ -177,15 +177,15 @@ def main(args):
 
 
 def save_detector(config, members, args, out):
-    """Write detector.pt, unless --no-eval asks for the training alone."""
-    if RANK == 0 and not args.no_eval:
+    """Write detector.pt of the members, if they are any."""
+    if RANK == 0 and None not in members:
         Detector.of(config, members, args).save(out / "detector.pt")
         print(f"written to {out / 'detector.pt'}, which eval.py --detector takes")
 
 
 def train_and_evaluate(args, sets, split, out, device, files=None):
     """Train on sets["train"], fit the detector and evaluate; `split` and `files` of own images go to groups.csv. Gives
-    the detector's Member, None where --no-eval asks for the training alone, and the config."""
+    the detector's Member, None without an evaluation of `default`, and the config."""
     images = sets["train"]
     for note in images.notes:
         print(f"train: {note}")
@@ -206,7 +206,7 @@ def train_and_evaluate(args, sets, split, out, device, files=None):
         if args.no_eval:
             return None, config
         fitted = measure(model, config, sets["train"], args, "train")
-        member = Member.fit(model, config, sets, ["default"], args, fitted)
+        member = Member.fit(model, config, sets, ["default"], args, fitted) if "default" in args.scores else None
         evaluation.evaluate(model, config, sets, args, out, fitted)
         return member, config
 

@@ -300,7 +300,7 @@ def test_copies_and_siblings_of_training_pictures_are_recognised():
     rng, many = np.random.default_rng(0), scenes(240)
     train = pictures([photograph("burst", s, rng) for s in many[:120]])
     new = torch.cat([train[7:9], pictures([photograph("burst", s, rng) for s in many[100:140]])])
-    nearest = Nearest(train)
+    nearest = Nearest.of(train)
     strangers = nearest.distance(pictures([crop(s) for s in many[140:]]))
     distance, copies, siblings = nearest.known(new, strangers)
     assert copies.tolist() == [True] * 2 + [False] * 40 and np.abs(distance[:2]).max() < 1e-3
@@ -312,7 +312,7 @@ def test_copies_and_siblings_of_training_pictures_are_recognised():
 def test_new_pictures_are_seldom_taken_for_siblings_where_little_varies():
     """20,000 sprites lie so densely that a new one has a near one among them, as those held out have."""
     train, test = (load("sprites", part).pixels for part in ("train", "test"))
-    nearest = Nearest(train)
+    nearest = Nearest.of(train)
     _, copies, siblings = nearest.known(test[1000:], nearest.distance(test[:1000]))
     assert not copies.any() and siblings.mean() < 0.03
 
@@ -320,7 +320,7 @@ def test_new_pictures_are_seldom_taken_for_siblings_where_little_varies():
 def test_new_pictures_of_another_kind_lie_farther():
     train, held_out, same = (pictures([crop(s) for s in scenes(n, seed)]) for n, seed in ((200, 1), (60, 2), (60, 3)))
     other = torch.randint(256, same.shape, dtype=torch.uint8)
-    nearest, singly = Nearest(train), np.arange(60)
+    nearest, singly = Nearest.of(train), np.arange(60)
     known = nearest.distance(held_out)[0]
     assert farther(nearest.distance(same)[0], singly, known, singly) > 0.01
     assert farther(nearest.distance(other)[0], singly, known, singly) < 1e-6

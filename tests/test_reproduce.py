@@ -113,8 +113,8 @@ def test_columns_beyond_the_budget_are_not_run_and_say_so(commands, capsys):
     row = next(line for line in (out / "table2.md").read_text().splitlines() if line.startswith("| svhn bpd |"))
     assert row.split("|")[2:-1] == [" 9.000 "] * 3 + [" not run "] * 3
     page = (out / "table2.md").read_text()
-    assert "| svhn bpd below the inlier test bpd at alpha = 0.25, 0.5, 1 | NOT held |" in page
-    assert "| svhn bpd above the inlier test bpd at alpha = 2, 3, 4 | not reached |" in page
+    assert "- NOT held: svhn bpd below the inlier test bpd at alpha = 0.25, 0.5, 1 (" in page
+    assert "- not reached: svhn bpd above the inlier test bpd at alpha = 2, 3, 4 (" in page
 
 
 def test_an_interrupted_reproduction_goes_on(commands, monkeypatch):
@@ -164,7 +164,7 @@ def test_with_nothing_run_nothing_is_judged(commands, target, tmp_path):
     assert not ran and not (out / f"{target}.png").exists()
     assert (out / f"{target}_histograms.png").exists() == (not target.startswith("table"))
     assert all(claim["held"] is None for claim in json.loads((out / f"{target}.json").read_text())["claims"])
-    assert "| held |" not in (out / f"{target}.md").read_text()
+    assert "- held: " not in (out / f"{target}.md").read_text()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -83,6 +83,7 @@ def _download(folder, filename):
 
 
 def idx(folder, split):
+    """(Fashion)MNIST's part of `folder`, an IDX file, as `Images`. Raises UserError."""
     stem = {"train": "train", "test": "t10k"}[split] + "-images-idx3-ubyte"
     path = folder / stem if (folder / stem).exists() else fetch(folder, stem + ".gz")
     size = path.stat().st_size
@@ -108,6 +109,7 @@ CIFAR_BATCH = 10_000 * 3073  # bytes
 
 
 def cifar10(folder, split):
+    """CIFAR-10's part, of as many of its files as there are, as `Images`. Raises UserError."""
     pattern = r"data_batch_[1-5]\.bin" if split == "train" else r"test_batch\.bin"
     parts = {p.name: p.read_bytes() for place in (folder, folder / "cifar-10-batches-bin") if place.is_dir()
              for p in sorted(place.iterdir()) if re.fullmatch(pattern, p.name)}
@@ -135,6 +137,7 @@ def cifar10(folder, split):
 
 
 def svhn(folder, split):
+    """SVHN's part, a MATLAB file, as `Images`. Raises UserError."""
     path = fetch(folder, f"{split}_32x32.mat")
     try:
         pixels = matlab_array(path.read_bytes(), b"X")
@@ -191,6 +194,7 @@ def _opened(archive):
 
 
 def celeba(folder, split):
+    """CelebA's part, faces cropped to their middle 148x148 and scaled to 32x32, as `Images`. Raises UserError."""
     pictures, archive = {}, folder / "img_align_celeba.zip"
     if (folder / "img_align_celeba").is_dir():
         pictures = {p.name: p for p in (folder / "img_align_celeba").iterdir() if p.suffix == ".jpg"}

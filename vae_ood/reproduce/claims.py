@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vae_ood import checkpoint
 from vae_ood.reproduce.compute import QUANTITIES, THEIRS
-from vae_ood.reproduce.pages import HELD, markdown
+from vae_ood.reproduce.pages import HELD, listed, markdown
 from vae_ood.reproduce.paper import ALPHAS, PAPER
 from vae_ood.reproduce.tables import gap
 
@@ -169,8 +169,7 @@ def section(head, name, numbers):
     """The lines about one experiment: its command and every check."""
     return [f"## {head}", "", f"`{numbers['command']}`: [all figures]({name}.md), [JSON]({name}.json)", "",
             numbers["images"], "",
-            *(f"- {HELD[check['held']]}: {check['claim']} ({check['figures']})" for check in numbers["claims"]),
-            "", f"![{Path(name).name}]({name}.png)", ""]
+            *listed(numbers["claims"]), "", f"![{Path(name).name}]({name}.png)", ""]
 
 
 def training_of(runs):

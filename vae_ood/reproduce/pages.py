@@ -39,6 +39,11 @@ def images_line(measurements):
         f"{name} {' or '.join(dict.fromkeys(values))}" for name, values in sets.items()) or "none") + "."
 
 
+def listed(claims):
+    """The lines of a list of checks, as a JSON file has them."""
+    return [f"- {HELD[check['held']]}: {check['claim']} ({check['figures']})" for check in claims]
+
+
 def save(name, head, numbers, lines, claims, measurements, args):
     """NAME.json, and NAME.md, which is printed; NAME.png is removed. Claims: [(claim, whether it held, figures)], where
     None is "not reached"; they and the numbers follow from the `measurements`."""
@@ -50,9 +55,8 @@ def save(name, head, numbers, lines, claims, measurements, args):
     images = images_line(measurements)
     numbers = {"command": command, "images": images} | numbers | {"claims": [
         dict(zip(("claim", "held", "figures"), claim, strict=True)) for claim in claims]}
-    lines = [f"# {head}", "", images, "", *lines, "", *markdown(["claim", "verdict", "figures"], [
-        [claim, HELD[held], figures] for claim, held, figures in claims]), "",
-        f"`{command}`; torch {torch.__version__}.", ""]
+    lines = [f"# {head}", "", images, "", *lines, "", *listed(numbers["claims"]), "",
+             f"`{command}`; torch {torch.__version__}.", ""]
     Path(args.out, f"{name}.png").unlink(missing_ok=True)
     checkpoint.write_atomic(Path(args.out, f"{name}.json"), (json.dumps(numbers, indent=1) + "\n").encode())
     checkpoint.write_atomic(Path(args.out, f"{name}.md"), "\n".join(lines).encode())
