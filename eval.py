@@ -2,10 +2,11 @@
 
     python eval.py --ckpt runs/.../ckpt.pt --outliers svhn celeba      likelihoods, AUROC, AUPR, FPR95, figures
     python eval.py --ckpt runs/.../ckpt.pt --score PATH --fpr 0.05     flag the outliers among your own images
+    python eval.py --detector detector.pt --score PATH                 the same, with that file alone
 
 The first writes metrics.json, scores.csv, nll_histogram.png and mutual_information.png to --out (default: beside the
-checkpoint); the second scores.csv with a p-value for each image and outliers.png, the 16 most and the 16 least outlying
-(default --out: score-<name> beside the checkpoint).
+checkpoint); the others scores.csv with a p-value for each image and outliers.png, the 16 most and the 16 least outlying
+(default --out: score-<name> beside the checkpoint, or here).
 """
 
 import argparse
@@ -55,9 +56,9 @@ import numpy as np
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import RANK, make_folder, pick_device
-from vae_ood.detector import COMPARED, WORDS, Detector, Member, largest_rank
+from vae_ood.detector import COMPARED, Detector, Member, largest_rank
 from vae_ood.evaluation import (
-    FIT_IMAGES, check_scores, evaluate, limit_images, load_inliers, load_others, load_outliers)
+    EVALUATED, FIT_IMAGES, check_scores, evaluate, limit_images, load_inliers, load_others, load_outliers)
 from vae_ood.features import DECODED_OFTEN
 from vae_ood.metrics import benjamini_hochberg, cross_bound, false_alarm_range
 from vae_ood.parallel import agree, from_first, workers
@@ -95,15 +96,21 @@ def fitted(members, args):
     return Detector.of(members[0][1], found, args)
 
 
+def folder_of_run(args):
+    """The folder that --ckpt names or lies in; this one without it."""
+    path = Path(args.ckpt or ".")
+    return path if path.is_dir() else path.parent
+
+
 def find_detector(args, device):
     """The detector of --detector, or of the run that --ckpt names, fitted where there is none or --fit asks for it."""
     if args.detector:
         detector = Detector.load(args.detector, device)
-        if args.scores and args.scores[0] not in detector.scores:
-            raise UserError(f"{args.detector} is fitted with {', '.join(detector.scores)}: fit {args.scores[0]} with "
-                            f"eval.py --ckpt RUN --fit --scores {args.scores[0]}")
+        if missing := [name for name in args.scores if name not in detector.scores]:
+            raise UserError(f"{args.detector} is fitted with {', '.join(detector.scores)}: fit {missing[0]} with "
+                            f"eval.py --ckpt RUN --fit --scores {missing[0]}")
         return detector
-    kept = Path(args.ckpt if Path(args.ckpt).is_dir() else Path(args.ckpt).parent) / "detector.pt"
+    kept = folder_of_run(args) / "detector.pt"
     whole = Path(args.ckpt).is_dir() or Path(args.ckpt).name in ("ckpt.pt", "best.pt")  # not one of --keep-at
     if whole and not args.fit and from_first(kept.exists):
         detector = Detector.load(kept, device)
@@ -146,8 +153,8 @@ def report(detector, own, said, score, rank, args, out):
     p, things, folds = detector.p_values(score, said), detector.things, len(detector.members)
     limit = args.fpr if args.confidence is None else rank / (things + 1)
     flagged = benjamini_hochberg(p, args.fdr) if args.fdr else p <= limit + 1e-9
-    scores = {name: np.mean([of[name] for of in said], 0) for name in detector.scores}
-    components = {name.split(".")[1]: detector.p_values(name, said) for name in said[0] if name.startswith(f"{score}.")}
+    scores = {name: detector.mean(name, said) for name in detector.scores}
+    components, reasons = detector.reasons(score, said)
     distance, copies, known = detector.compare(own.pixels)
     names = own.files or range(len(p))
     columns = {"file" if own.files else "index": names} | {name: v.tolist() for name, v in scores.items()} | {
@@ -161,7 +168,7 @@ def report(detector, own, said, score, rank, args, out):
         print("no figure: pip install matplotlib")
     print(f"\n{'image':<40}{score:>19}{'p-value':>10}")
     for i in np.lexsort((-scores[score], p))[:10]:
-        why = WORDS[min(components, key=lambda name: components[name][i])] if components else ""
+        why = reasons[i] if components else ""
         print(f"{printable(names[i])[-39:]:<40}{scores[score][i]:>12.1f}{'':7}{p[i]:>10.4f}"
               f"{'  outlier' if flagged[i] else '':9}  {why}".rstrip())
     if known.any():
@@ -211,26 +218,22 @@ def load_members(args, device):
 
 
 def main(args):
-    for name in args.scores or ():
-        if name not in SCORES:
-            raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}")
+    check_scores(args, () if args.score or args.fit else EVALUATED)
     device = pick_device(args.device)
     with workers(device, args.timeout):
         if args.score or args.fit:
             detector = find_detector(args, device)
             if not args.score:
                 return
-            own, beside = Path(args.score).resolve(), Path(args.ckpt or "")
-            out = Path(args.out) if args.out else (beside if beside.is_dir() else beside.parent) / (
-                f"score-{own.name if own.is_dir() else own.stem}")
-            score_images(detector, args, out)
+            own = Path(args.score).resolve()
+            out = args.out or folder_of_run(args) / f"score-{own.name if own.is_dir() else own.stem}"
+            score_images(detector, args, Path(out))
             return
         paths, members = load_members(args, device)
         if len(members) > 1:
             raise UserError(f"{args.ckpt} holds {len(members)} folds: outlier sets are evaluated for one model; give "
                             f"one of them, {paths[0].parent}")
         (model, config, split), = members
-        check_scores(args)
         limit_images(args, config["shape"], config["alpha"], config["kappa"], device)
         out = Path(args.out or paths[0].parent)
         sets = load_inliers(config, args, split)

@@ -160,9 +160,9 @@ def minimum(penalty, eps):
         points = linear_minima(*torch.nan_to_num(slopes[1:] / 2 / slopes[0]), eps)
 
 
-def is_sparse(penalty, eps):
-    """Whether the global minimum is the optimal sparse reconstruction, to the last bit."""
-    return minimum(penalty, eps)[1].tolist() == [0, M1, 0, 1]
+def is_sparse(best):
+    """Whether a global minimum's point is the optimal sparse reconstruction, to the last bit."""
+    return best.tolist() == [0, M1, 0, 1]
 
 
 def nearly_sparse(penalty, eps):

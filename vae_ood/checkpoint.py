@@ -66,7 +66,7 @@ def save(path, model, optimizer, step, config, seconds=0.0, before=None, keep=1,
     path = Path(path)
     state = packed(model.state_dict(), optimizer.state_dict(), step, config, seconds, split)
     aside = before is not None and before < step and keep > 1 and path.exists()
-    write_atomic(path, state, path.with_name(f"{path.stem}-{before}.pt") if aside else None)
+    write_state(path, state, path.with_name(f"{path.stem}-{before}.pt") if aside else None)
     for number, old in earlier(path):
         if number < step and keep > 1:
             keep -= 1
@@ -77,15 +77,13 @@ def save(path, model, optimizer, step, config, seconds=0.0, before=None, keep=1,
 def save_weights(path, weights, step, config, split=None, **more):
     """Save the weights alone, a state_dict after `step` training steps: enough to evaluate, not to resume. Raises
     UserError."""
-    write_atomic(path, packed(weights, {}, step, config, 0.0, split, **more))
+    write_state(path, packed(weights, {}, step, config, 0.0, split, **more))
 
 
 def packed(model, optimizer, step, config, seconds, split, **more):
-    """The bytes of a checkpoint."""
-    buffer = io.BytesIO()
-    torch.save({"version": VERSION, "model": model, "optimizer": optimizer, "step": step, "config": config,
-                "seconds": seconds} | ({"split": split} if split else {}) | more, buffer)
-    return buffer.getbuffer()
+    """What a checkpoint holds."""
+    return {"version": VERSION, "model": model, "optimizer": optimizer, "step": step, "config": config,
+            "seconds": seconds} | ({"split": split} if split else {}) | more
 
 
 def earlier(path):
@@ -127,11 +125,11 @@ def resume(path, config, model, optimizer):
     return state["step"], state["seconds"], None if notes else state["step"]
 
 
-def write_state(path, state):
-    """Write tensors and plain values as `path`, atomically. Raises UserError."""
+def write_state(path, state, aside=None):
+    """Write tensors and plain values by `write_atomic`. Raises UserError."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomic(path, buffer.getbuffer())
+    write_atomic(path, buffer.getbuffer(), aside)
 
 
 def read_state(path, what="checkpoint"):
@@ -159,23 +157,32 @@ def load(path):
     """The dict that `save` wrote, on the CPU. Raises UserError if `path` is missing or too new, Damaged if it is no
     checkpoint or damaged."""
     state = read_state(path)
-    version = state.get("version") if isinstance(state, dict) else None
-    if isinstance(version, int) and version > VERSION:
-        raise UserError(f"{path} was written by a newer vae-ood (format {version}, this one reads up to {VERSION}): "
-                        "update vae-ood")
+    check_version(path, state.get("version") if isinstance(state, dict) else None, VERSION)
     types = {"version": int, "model": dict, "optimizer": dict, "step": int, "config": dict, "seconds": float}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in types.items()):
         raise Damaged(f"{path} is not a checkpoint of run.py: give the ckpt.pt that run.py wrote")
-    for name, value in state["model"].items():
+    check_weights(path, state["model"])
+    if not good_split(state.get("split")):
+        raise Damaged(f"{path} is damaged: its groups are unusable")
+    return state
+
+
+def check_version(path, version, newest):
+    """UserError where a file's format is above the newest that is known."""
+    if isinstance(version, int) and version > newest:
+        raise UserError(f"{path} was written by a newer vae-ood (format {version}, this one reads up to {newest}): "
+                        "update vae-ood")
+
+
+def check_weights(path, weights):
+    """Damaged unless a loaded model's weights are finite tensors; those in float16 become float32."""
+    for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
             raise Damaged(f"{path} is not a checkpoint of run.py: {name} is no tensor")
         if not value.isfinite().all():
             raise Damaged(f"{path} holds weights that are not finite: give an earlier checkpoint of the run")
         if value.dtype == torch.float16:  # as results/runs keeps them
-            state["model"][name] = value.float()
-    if not good_split(state.get("split")):
-        raise Damaged(f"{path} is damaged: its groups are unusable")
-    return state
+            weights[name] = value.float()
 
 
 def good_split(split):
@@ -209,33 +216,22 @@ def load_model(path, device="cpu"):
     """(model, config, split) of a checkpoint, the model ready to evaluate on `device`; the split of own images,
     {"group", "part"} [N], else None. Raises UserError."""
     state = from_first(lambda: load(path))
+    config = state["config"]
+    types = {"data": str, "sprite_factors": int, "skip_bad": bool, "dequantize": bool, "seed": int}
+    if not all(isinstance(config.get(name), kind) for name, kind in types.items()):
+        raise UserError(f"{path} is damaged: its settings are unusable (TypeError)")
+    return rebuilt(path, config, state, device), config, state.get("split")
+
+
+def rebuilt(path, config, state, device):
+    """The model of a config with the weights of a loaded state, ready to evaluate on `device`. Raises UserError."""
     try:
-        config = state["config"]
-        types = {"data": str, "sprite_factors": int, "skip_bad": bool, "dequantize": bool, "seed": int}
-        if not all(isinstance(config[name], kind) for name, kind in types.items()):
-            raise TypeError
         with torch.device("meta"):  # what a damaged config asks for may be too large
             model = VAE(config["shape"], config["alpha"], config["kappa"])
     except Exception as error:  # a config that was tampered with
         raise UserError(f"{path} is damaged: its settings are unusable ({type(error).__name__})") from None
     restore(state, path, model, assign=True)
-    return ready(model, device), config, state.get("split")
-
-
-def ready(model, device):
-    """The model, ready to evaluate on the device."""
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def rebuilt(config, weights, device):
-    """The model of a config with these weights, ready to evaluate on the device; any exception where they do not
-    fit."""
-    with torch.device("meta"):  # what a damaged config asks for may be too large
-        model = VAE(config["shape"], config["alpha"], config["kappa"])
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise ValueError("weights that are not finite")
-    model.load_state_dict(weights, assign=True)
-    return ready(model, device)
 
 
 def launch_name():

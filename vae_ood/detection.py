@@ -17,7 +17,8 @@ from vae_ood import checkpoint
 from vae_ood.cli import Parser, make_folder, one_line_errors
 from vae_ood.data import PAIRS
 from vae_ood.data.synthetic import CORRUPTIONS
-from vae_ood.reproduce.pages import INTERVAL, cell, markdown
+from vae_ood.plots import markdown
+from vae_ood.reproduce.pages import INTERVAL, cell
 from vae_ood.reproduce.runs import IW_SAMPLES, Run, execute, measured
 from vae_ood.scores import CONTROLS, SCORES
 

@@ -83,9 +83,9 @@ class Member:
         member.seen = n + len(test.pixels)
         return member
 
-    def say(self, config, images, args, label="score", first=0):
-        """{name: scores [N]} of `Images`, the first of which is the new one number `first`, for its noise."""
-        features = measure(self.model, config, images, args, label, self.seen + first)
+    def say(self, config, images, args, label="score"):
+        """{name: scores [N]} of `Images`, whose noise is that of images after the `seen` ones."""
+        features = measure(self.model, config, images, args, label, self.seen)
         return {name: finite(name, values) for score, fitted in self.scores.items()
                 for name, values in fitted.said(score, features).items()}
 
@@ -98,9 +98,10 @@ class Member:
                 "seen": self.seen}
 
     @classmethod
-    def restore(cls, config, state, device):
-        """The member that gave the state."""
-        model = checkpoint.rebuilt(config, state["model"], device)
+    def restore(cls, path, config, state, device):
+        """The member that gave the state, which was read from `path`."""
+        checkpoint.check_weights(path, state["model"])
+        model = checkpoint.rebuilt(path, config, state, device)
         scores = {name: SCORES[name].restore(values) for name, values in state["scores"].items()}
         said = {name: finite(name, values.numpy()) for name, values in state["said"].items()}
         groups = state["groups"].numpy()
@@ -132,7 +133,7 @@ class Detector:
     def serves(self, args):
         """Whether it was fitted as the command's `args` ask for."""
         often = {feature for name in self.scores for feature in SCORES[name].reads} & set(DECODED_OFTEN)
-        return (set(args.scores or ()) <= set(self.scores)
+        return (set(args.scores) <= set(self.scores)
                 and args.max_images in (None, self.config["max_images"])
                 and (not often or args.iw_samples == self.config["iw_samples"]))
 
@@ -173,12 +174,10 @@ class Detector:
         state = from_first(lambda: checkpoint.read_state(path, "detector"))
         if not isinstance(state, dict) or not isinstance(state.get("detector"), int):
             raise UserError(f"{path} is not a detector: give the detector.pt that run.py wrote")
-        if state["detector"] > FORMAT:
-            raise UserError(f"{path} was written by a newer vae-ood (format {state['detector']}, this one reads up to "
-                            f"{FORMAT}): update vae-ood")
+        checkpoint.check_version(path, state["detector"], FORMAT)
         try:
             config = state["config"]
-            found = cls(config, [Member.restore(config, member, device) for member in state["members"]])
+            found = cls(config, [Member.restore(path, config, member, device) for member in state["members"]])
             one = Images("one", torch.zeros(1, *config["shape"], dtype=torch.uint8))  # to see that all of it fits
             found.p_values(found.score, found.say(one))
             found.compare(one.pixels)
@@ -190,9 +189,21 @@ class Detector:
         """`Images` of the model's shape."""
         return Images("images", to_pixels(images, self.config["shape"], self.config.get("range")))
 
-    def say(self, images, first=0):
+    def say(self, images):
         """[{name: scores [N]} of each member] of `Images`."""
-        return [member.say(self.config, images, self.args, first=first) for member in self.members]
+        return [member.say(self.config, images, self.args) for member in self.members]
+
+    def mean(self, name, said):
+        """One of the scores [N], the mean over the folds, from what the members say."""
+        return np.mean([of[name] for of in said], 0)
+
+    def reasons(self, score, said):
+        """({component: p-values [N]} of a score, what the component of the smallest p-value speaks of [N]); ({}, the
+        score's name [N]) where it has no components."""
+        of = {name.split(".")[1]: self.p_values(name, said) for name in said[0] if name.startswith(f"{score}.")}
+        if not of:
+            return of, [score] * len(said[0][score])
+        return of, [WORDS[list(of)[i]] for i in np.argmin(list(of.values()), 0)]
 
     def p_values(self, name, said):
         """The conformal p-values [N] of one of the scores, from what the members say."""
@@ -201,7 +212,7 @@ class Detector:
 
     def decision_function(self, images):
         """The scores [N], larger = more outlying; the mean over the folds."""
-        return np.mean([of[self.score] for of in self.say(self.images(images))], 0)
+        return self.mean(self.score, self.say(self.images(images)))
 
     def p_value(self, images):
         """Conformal p-values [N] in (0, 1]: of new things like the training data, at most a share p scores as high."""
@@ -219,17 +230,14 @@ class Detector:
         training image, known (whether it shows what a training image shows)."""
         own = self.images(images)
         said = self.say(own)
-        p, found = self.p_values(self.score, said), []
-        components = {name.split(".")[1]: self.p_values(name, said) for name in said[0] if "." in name}
+        p, scores = self.p_values(self.score, said), self.mean(self.score, said)
+        components, speaks = self.reasons(self.score, said)
         means = decoded_means(self.members[0].model, own.pixels)
         distance, _, known = self.compare(own.pixels)
-        for i in range(len(p)):
-            of = {name: float(values[i]) for name, values in components.items()}
-            found.append({
-                "score": float(np.mean([one[self.score][i] for one in said])), "p_value": float(p[i]),
-                "components": of, "speaks": WORDS[min(of, key=of.get)] if of else self.score,
-                "reconstruction": means[i], "likeness": float(1 - distance[i]), "known": bool(known[i])})
-        return found
+        return [{"score": float(scores[i]), "p_value": float(p[i]),
+                 "components": {name: float(values[i]) for name, values in components.items()}, "speaks": speaks[i],
+                 "reconstruction": means[i], "likeness": float(1 - distance[i]), "known": bool(known[i])}
+                for i in range(len(p))]
 
     def compare(self, pixels):
         """Of uint8 pixels [N, C, H, W]: the distance to the nearest training image, the mean over the folds; whether

@@ -1,4 +1,4 @@
-"""The figures. matplotlib is optional: `available` says whether it is there."""
+"""The figures, and the tables of the pages. matplotlib is optional: `available` says whether it is there."""
 
 import numpy as np
 
@@ -98,3 +98,8 @@ def mutual_information(path, kl_per_dim, title):
     axes.set(xlabel="latent dimension, sorted", ylabel="mean KL (nats)", title=title)
     axes.legend(frameon=False)
     figure.savefig(path, metadata=METADATA)
+
+
+def markdown(head, rows):
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]

@@ -24,7 +24,7 @@ from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import Parser, make_folder, one_line_errors
 from vae_ood.data import groups, likeness, load
 from vae_ood.metrics import detection, false_alarm_range
-from vae_ood.reproduce.pages import markdown
+from vae_ood.plots import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"

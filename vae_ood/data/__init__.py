@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from vae_ood import UserError
-from vae_ood.data.images import Images, convert
+from vae_ood.data.images import convert
 from vae_ood.data.official import DATASETS, idx
 from vae_ood.data.own import own_images
 from vae_ood.data.synthetic import CORRUPTIONS, SPRITES, SYNTHETIC, made_up, sprites
@@ -56,5 +56,3 @@ def load(data, split, root=None, shape=None, factors=4, skip_bad=False, levels=N
         images.pixels = convert(images.pixels, shape)
     return images
 
-
-__all__ = ["PAIRS", "Images", "default_root", "load"]

@@ -11,8 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 from vae_ood import checkpoint
+from vae_ood.plots import markdown
 from vae_ood.reproduce.compute import QUANTITIES, THEIRS
-from vae_ood.reproduce.pages import HELD, listed, markdown
+from vae_ood.reproduce.pages import HELD, listed
 from vae_ood.reproduce.paper import ALPHAS, PAPER
 from vae_ood.reproduce.tables import gap
 

@@ -5,8 +5,9 @@ import statistics
 from itertools import pairwise, takewhile
 
 from vae_ood.data import PAIRS
+from vae_ood.plots import markdown
 from vae_ood.reproduce import pages, runs
-from vae_ood.reproduce.pages import INTERVAL, cell, markdown, name_axis
+from vae_ood.reproduce.pages import INTERVAL, cell, name_axis
 from vae_ood.reproduce.paper import ALPHAS, OFFSET, PAPER
 from vae_ood.reproduce.runs import STEPS, Run, training_flops
 from vae_ood.reproduce.tables import capacity, gap, judged

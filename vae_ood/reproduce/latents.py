@@ -12,8 +12,9 @@ import numpy as np
 from vae_ood import UserError
 from vae_ood.data import load
 from vae_ood.metrics import ACTIVE_NATS
+from vae_ood.plots import markdown
 from vae_ood.reproduce import pages, runs
-from vae_ood.reproduce.pages import INTERVAL, cell, markdown
+from vae_ood.reproduce.pages import INTERVAL, cell
 from vae_ood.reproduce.paper import KAPPAS, PAPER
 from vae_ood.reproduce.runs import SHAPES, Run
 

@@ -25,11 +25,6 @@ def cell(values, digits):
     return f"{mean:.{digits}f} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
-def markdown(head, rows):
-    """The lines of a Markdown table."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-
-
 def images_line(measurements):
     """How many images of each set were evaluated, and what there is to say of the whole sets."""
     sets = {}

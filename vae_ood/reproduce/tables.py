@@ -15,8 +15,9 @@ import numpy as np
 
 from vae_ood import plots
 from vae_ood.likelihood import bits_per_dim
+from vae_ood.plots import markdown
 from vae_ood.reproduce import pages, runs
-from vae_ood.reproduce.pages import INTERVAL, cell, markdown, name_axis
+from vae_ood.reproduce.pages import INTERVAL, cell, name_axis
 from vae_ood.reproduce.paper import ALPHAS, KAPPAS, OFFSET, PAPER
 from vae_ood.reproduce.runs import SHAPES, STEPS, Run
 
