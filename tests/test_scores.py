@@ -26,6 +26,12 @@ def fitted(density, x, **options):
     return lambda y: again(torch.from_numpy(y)).numpy()
 
 
+class Made(dict):
+    """Features that were made up."""
+
+    device = torch.device("cpu")
+
+
 def random_images(n, shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, *shape), np.uint8))
 
@@ -33,7 +39,7 @@ def random_images(n, shape, seed=0):
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 20, 31), (1, 3, 2)])
 def test_white_noise_has_the_same_energy_in_every_band(shape):
     x = 0.1 * torch.from_numpy(np.random.default_rng(0).standard_normal((2000, *shape))).float()
-    energies = (features.band_log_energies(x).exp() - features.QUANTISATION).mean(0)
+    energies = (features.band_log_energies(features.opponent(x)).exp() - features.QUANTISATION).mean(0)
     assert len(energies) % shape[0] == 0 and (energies / 0.01 - 1).abs().max() < 0.12  # four standard errors of one
     if shape[1] > 3:
         assert len(energies) == 9 * shape[0]
@@ -43,7 +49,7 @@ def test_white_noise_has_the_same_energy_in_every_band(shape):
 
 def test_gray_images_have_no_colour_energy():
     x = torch.rand(5, 1, 16, 16).expand(-1, 3, -1, -1)
-    energies = features.band_log_energies(x).unflatten(1, (3, -1))
+    energies = features.band_log_energies(features.opponent(x)).unflatten(1, (3, -1))
     torch.testing.assert_close(energies[:, 1:].exp(), torch.full_like(energies[:, 1:], features.QUANTISATION),
                                atol=1e-7, rtol=1e-2)
     assert energies[:, 0].min() > math.log(1e-3)
@@ -54,7 +60,7 @@ def test_region_log_energies_are_quantiles_over_blocks():
     x = blocks.sqrt().repeat_interleave(4, 2).repeat_interleave(4, 3)[:, :, :26]  # the last row of blocks is cut
     expected = (torch.quantile(torch.arange(1.0, 64), torch.tensor([0, 0.5, 1])) + features.QUANTISATION).log()
     torch.testing.assert_close(features.region_log_energies(x)[0, [0, 3, 6]], expected, rtol=1e-5, atol=1e-5)
-    gray = features.region_log_energies(x.expand(2, 3, -1, -1)).unflatten(1, (3, 7))
+    gray = features.region_log_energies(features.opponent(x.expand(2, 3, -1, -1))).unflatten(1, (3, 7))
     torch.testing.assert_close(gray[:, 0], features.region_log_energies(x).expand(2, -1) + math.log(3))
     assert gray[:, 1:].max() < math.log(features.QUANTISATION) + 1e-3
 
@@ -170,7 +176,7 @@ def test_likelihood_path_is_ecod():
         left = [-math.log((1 + (train["path"][:, j] <= row[j]).sum()) / 61) for j in range(3)]
         right = [-math.log((1 + (train["path"][:, j] >= row[j]).sum()) / 61) for j in range(3)]
         expected.append(max(sum(left), sum(right), right[0] + right[1] + left[2]))  # skewed to the right, right, left
-    np.testing.assert_allclose(SCORES["likelihood_path"].fit(train)(x), expected, rtol=1e-12)
+    np.testing.assert_allclose(SCORES["likelihood_path"].fit(Made(train))(x), expected, rtol=1e-12)
 
 
 def test_regret_is_the_encoders_gap():
@@ -245,8 +251,8 @@ def test_features_do_not_depend_on_the_batches(monkeypatch):
 def made_up_features(rng, n, **shifts):
     sizes = {"residual_spectrum": 9, "residual_regions": 7, "residual_fine": 7, "image_spectrum": 9,
              "image_regions": 7, "path": 3, "mu": 5, "log_sigma": 5}
-    return {name: rng.standard_normal((n, size)) + shifts.get(name, 0) for name, size in sizes.items()} | {
-        "groups": np.arange(n)}
+    return Made({name: rng.standard_normal((n, size)) + shifts.get(name, 0) for name, size in sizes.items()},
+                groups=np.arange(n))
 
 
 def test_default_hears_what_one_component_says():
@@ -261,7 +267,7 @@ def test_default_hears_what_one_component_says():
 def test_default_is_the_norm_of_what_its_components_say_of_images_that_they_were_not_fitted_to():
     rng = np.random.default_rng(0)
     train, some, total = made_up_features(rng, 60), made_up_features(rng, 40, mu=1.0), 0
-    others, fifth = ({name: value[np.isin(np.arange(60) % 5, part)] for name, value in train.items()}
+    others, fifth = (Made({name: value[np.isin(np.arange(60) % 5, part)] for name, value in train.items()})
                      for part in ((0, 2, 3, 4), (1,)))
     for name in ("residual_spectrum", "residual_regions", "likelihood_path", "latents", "joint"):
         score = SCORES[name].fit(others)

@@ -29,13 +29,14 @@ def shrunk_covariance(x):
     trace, squares = covariance.trace(), covariance.square().sum()
     spread = (n + 1 - 2 / d) * (squares - trace**2 / d)
     weight = min(1.0, float(((1 - 2 / d) * squares + trace**2) / spread)) if spread > 0 else 1.0
-    return (1 - weight) * covariance + (weight * trace / d + 1e-9) * torch.eye(d, dtype=x.dtype)
+    return (1 - weight) * covariance + (weight * trace / d + 1e-9) * torch.eye(d, dtype=x.dtype, device=x.device)
 
 
 def inverse_factor(covariance):
     """T with T T' = the inverse of the covariance."""
     lower = torch.linalg.cholesky(covariance)
-    return torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False).T
+    return torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype, device=lower.device),
+                                         upper=False).T
 
 
 class Gaussian(Density):
@@ -54,6 +55,13 @@ class Gaussian(Density):
         return self.whitened(x).square().sum(1)
 
 
+def log_joint(z, log_weights, means, factors):
+    """The log of each component's weight times its density, of rows [M, D], up to a constant [M, K]."""
+    return torch.stack([
+        log_weight + factor.diagonal().log().sum() - 0.5 * ((z - mean) @ factor).square().sum(1)
+        for log_weight, mean, factor in zip(log_weights, means, factors, strict=True)], 1)
+
+
 class Mixture(Gaussian):
     """The negative log density under a mixture of Gaussians, up to a constant. Buffers: those of the whole set's
     Gaussian, in whose whitened coordinates it lies; log_weights [K], means [K, D], factors [K, D, D]."""
@@ -70,32 +78,28 @@ class Mixture(Gaussian):
         for _ in range(10):
             nearest = torch.cdist(z, centres).argmin(1)
             centres = torch.stack([z[nearest == j].mean(0) if (nearest == j).any() else centres[j] for j in range(k)])
-        share, eye, before = F.one_hot(nearest, k).double(), torch.eye(d, dtype=z.dtype), -math.inf
+        share, eye, before = F.one_hot(nearest, k).double(), torch.eye(d, dtype=z.dtype, device=z.device), -math.inf
+        single = z.float()
         for _ in range(steps):
             count = share.sum(0)
             weights, means = (count + 1) / (n + k), share.T @ z / count.clamp(min=1e-9)[:, None]
             factors = []
             for j in range(k):
-                centred = z - means[j]
-                scatter = (centred * share[:, j:j + 1]).T @ centred
+                own = share[:, j] > 1e-9  # few: late in the fit an image is nearly one component's
+                centred = z[own] - means[j]
+                scatter = (centred * share[own, j:j + 1]).T @ centred
                 factors.append(inverse_factor((scatter + d * eye) / (count[j] + d)))
-            found = cls(**whole.state_dict(), log_weights=weights.log(), means=means, factors=torch.stack(factors))
-            joint = found.log_joint(z)
+            found = {"log_weights": weights.log(), "means": means, "factors": torch.stack(factors)}
+            joint = log_joint(single, *(values.float() for values in found.values())).double()  # shares need no more
             log_density = joint.logsumexp(1, keepdim=True)
             share, mean = (joint - log_density).exp(), log_density.mean().item()
             if mean - before < 1e-3:  # nats an image
                 break
             before = mean
-        return found
-
-    def log_joint(self, z):
-        """The log of each component's weight times its density, of whitened rows [M, D], up to a constant [M, K]."""
-        return torch.stack([
-            log_weight + factor.diagonal().log().sum() - 0.5 * ((z - mean) @ factor).square().sum(1)
-            for log_weight, mean, factor in zip(self.log_weights, self.means, self.factors, strict=True)], 1)
+        return cls(**whole.state_dict(), **found)
 
     def forward(self, x):
-        return -self.log_joint(self.whitened(x)).logsumexp(1)
+        return -log_joint(self.whitened(x), self.log_weights, self.means, self.factors).logsumexp(1)
 
 
 class ECOD(Density):

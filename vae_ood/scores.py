@@ -14,6 +14,7 @@ import torch
 
 from vae_ood.densities import ECOD, Gaussian, Mixture, Tail, Typicality
 from vae_ood.features import Part
+from vae_ood.parallel import from_first
 
 COMPONENTS = "residual_spectrum", "residual_regions", "likelihood_path", "latents", "joint"  # of `default`
 
@@ -82,7 +83,10 @@ class Score:
         """The function from images' features to their scores [N], float64, fitted to training images' features."""
         if self.by is Combined:
             return Combined.fit(train)
-        return Fitted(self.reads, self.by.fit(read(train, self.reads)) if isinstance(self.by, type) else self.by)
+        if not isinstance(self.by, type):
+            return Fitted(self.reads, self.by)
+        x = read(train, self.reads)  # by all workers
+        return Fitted(self.reads, self.by(**from_first(lambda: self.by.fit(x.to(train.device)).cpu().state_dict())))
 
     def restore(self, state):
         """What `fit` gave, from its state_dict."""

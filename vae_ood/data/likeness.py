@@ -29,30 +29,38 @@ def set_digest(pixels):
     return sum(int.from_bytes(digest, "big") for digest in digests(pixels)) % 2**63
 
 
+def blurring(sigma):
+    """The matrix [SIDE, SIDE] that blurs SIDE pixels in a row by a Gaussian, the outermost ones repeated."""
+    steps = torch.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
+    weights = torch.exp(-0.5 * (steps / sigma) ** 2)
+    taken = (torch.arange(SIDE)[:, None] + steps).clamp(0, SIDE - 1)
+    return (F.one_hot(taken, SIDE) * (weights / weights.sum())[:, None]).sum(1)
+
+
+def scaling(n):
+    """The matrix [SIDE, n] that scales n pixels in a row to SIDE, antialiased."""
+    return F.interpolate(torch.eye(n)[None, None], (SIDE, n), mode="bilinear", antialias=True)[0, 0]
+
+
 def likeness_vectors(pixels):
     """uint8 images [N, C, H, W] -> float32 [N, 2 SIDE^2] of length 1, whose inner product is a likeness in [-1, 1].
 
     It is the mean of two correlations of the gray pictures, scaled to SIDE x SIDE: as they are, and with the local mean
     and contrast taken out, so that another light changes little. Plain pictures give 0, and are like none.
     """
-    def blur(x, sigma):
-        steps = torch.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
-        weights = torch.exp(-0.5 * (steps / sigma) ** 2)
-        weights, edge = weights / weights.sum(), len(steps) // 2
-        x = F.conv2d(F.pad(x, (edge, edge, edge, edge), mode="replicate"), weights.view(1, 1, 1, -1))
-        return F.conv2d(x, weights.view(1, 1, -1, 1))
-
     def unit(x):
-        x = x.flatten(1) - x.mean((1, 2, 3))[:, None]
-        return x / x.norm(dim=1, keepdim=True).clamp(min=1e-3 * x.shape[1])  # gray levels
+        x = x.flatten(1) - x.mean((1, 2), keepdim=True).flatten(1)
+        return x / x.norm(dim=1, keepdim=True).clamp(min=1e-3 * SIDE**2)  # gray levels
 
-    out = []
+    rows, columns = (scaling(n) for n in pixels.shape[2:])
+    fine, local, out = blurring(0.5), blurring(2.0), []
     for part in pixels.split(max(1, 2**24 // pixels[0].numel())):  # bounded float copies
-        x = F.interpolate(part.float().mean(1, keepdim=True), (SIDE, SIDE), mode="bilinear", antialias=True)
-        x, plain = blur(x, 0.5), unit(x)
-        detail = x - blur(x, 2.0)
-        detail = detail / (blur(detail.square(), 2.0).sqrt() + 2)  # gray levels: less contrast is noise
-        out.append(torch.cat([plain, unit(detail)], 1) / math.sqrt(2))
+        scaled = rows @ part.float().mean(1) @ columns.T
+        x = fine @ scaled @ fine.T
+        detail = x - local @ x @ local.T
+        contrast = (local @ detail.square() @ local.T).clamp(min=0).sqrt()
+        detail = detail / (contrast + 2)  # gray levels: less contrast is noise
+        out.append(torch.cat([unit(scaled), unit(detail)], 1) / math.sqrt(2))
     return torch.cat(out)
 
 
@@ -240,23 +248,34 @@ class Nearest(torch.nn.Module):
         return found
 
     def _distances(self, sketches, skipped=0):
-        likeness = (sketches @ self.sketches.float().T).topk(min(LISTED + skipped, len(self.sketches)), 1)[0]
+        trained, count = self.sketches.float().T, min(LISTED + skipped, len(self.sketches))
+        likeness = torch.cat([(part @ trained).topk(count, 1)[0] for part in sketches.split(512)])
         return (1 - likeness[:, skipped:]).clamp(min=0).numpy()
+
+    def _sketches(self, pixels):
+        return torch.cat([sketch(likeness_vectors(part), self.basis) for part in pixels.split(512)])
 
     def distance(self, pixels):
         """1 - likeness [M] of pictures [M, C, H, W] to their nearest training picture, and their local scale [M]."""
-        found = [self._distances(sketch(likeness_vectors(part), self.basis)) for part in pixels.split(512)]
-        return (np.concatenate([d[:, 0] for d in found]),
-                np.concatenate([d[:, min(self.rank, d.shape[1]) - 1] for d in found]))
+        found = self._distances(self._sketches(pixels))
+        return found[:, 0], found[:, self.rank - 1]
 
     def known(self, pixels, strangers):
         """Of pictures [M, C, H, W]: 1 - likeness [M] to the nearest training picture; whether each is a copy of one
         [M], or so near one as siblings are [M] (copies included), and as hardly one of the `strangers` is: the
         `distance` of pictures of things that did not train."""
-        nearest, scale = self.distance(pixels)
-        copy = torch.isin(as_numbers(digests(pixels)), self.copies).numpy()
+        sketches, trained = self._sketches(pixels), self.sketches.float().split(2048)
+        likest = torch.cat([torch.stack([(part @ some.T).amax(1) for some in trained]).amax(0)
+                            for part in sketches.split(512)])
+        nearest = (1 - likest).clamp(min=0).numpy()
         share = min(float(self.share), np.quantile(strangers[0] / np.maximum(strangers[1], 1e-9), 0.01))
-        return nearest, copy, copy | (nearest < share * scale)
+        bound = 1 - (sketches @ trained[0].T).topk(self.rank, 1)[0][:, -1].numpy()
+        sibling = nearest < share * np.maximum(bound, 0)  # else not within the local scale, which is at most `bound`
+        if sibling.any():
+            scale = self._distances(sketches[torch.from_numpy(sibling)])[:, self.rank - 1]
+            sibling[sibling] = nearest[sibling] < share * scale
+        copy = torch.isin(as_numbers(digests(pixels)), self.copies).numpy()
+        return nearest, copy, copy | sibling
 
 
 def farther(new, new_groups, known, known_groups):
