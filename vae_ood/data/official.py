@@ -23,8 +23,9 @@ import torch
 
 from vae_ood import UserError
 from vae_ood.cli import lock
+from vae_ood.data.arrays import EXPANSION, reason
 from vae_ood.data.images import Images, convert
-from vae_ood.data.own import EXPANSION, decode, reason
+from vae_ood.data.own import decode
 
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
