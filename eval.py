@@ -5,13 +5,14 @@
     python eval.py --detector detector.pt --score PATH                 the same, with that file alone
 
 The first writes metrics.json, scores.csv, nll_histogram.png and mutual_information.png to --out (default: beside the
-checkpoint); the others scores.csv with a p-value for each image and outliers.png, the 16 most and the 16 least outlying
-(default --out: score-<name> beside the checkpoint, or here).
+checkpoint). The others write scores.csv with a p-value for each image, outliers.png, the 16 most and the 16 least
+outlying, and report.html, the 200 most outlying to sort in a browser (default --out: score-<name> beside the
+checkpoint, or here).
 """
 
 import argparse
 
-from vae_ood.cli import NAMED, Parser, add_evaluation_arguments, one_line_errors, printable, rate
+from vae_ood.cli import NAMED, Parser, add_evaluation_arguments, one_line_errors, rate
 
 
 def parse_args():
@@ -48,40 +49,17 @@ if __name__ == "__main__":
     with one_line_errors():
         ARGS = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
 
-import json
-import math
 from pathlib import Path
 
-import numpy as np
-
-from vae_ood import UserError, checkpoint, plots
+from vae_ood import UserError, checkpoint
 from vae_ood.cli import RANK, make_folder, pick_device
-from vae_ood.detector import COMPARED, Detector, Member, largest_rank
+from vae_ood.detector import Detector, Member
 from vae_ood.evaluation import (
-    EVALUATED, FIT_IMAGES, check_scores, evaluate, limit_images, load_inliers, load_others, load_outliers)
+    EVALUATED, FIT_IMAGES, check_scores, evaluate, limit_images, load_inliers, load_outliers)
 from vae_ood.features import DECODED_OFTEN
-from vae_ood.metrics import benjamini_hochberg, cross_bound, false_alarm_range
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.scores import SCORES
-
-
-def folder_of_scores(out, args):
-    """The folder for the scores of --score, made: `out`, or where that holds the results of other images and --out does
-    not name it, the next with a number. UserError where --out does."""
-    source, number, folder = str(Path(args.score).resolve()), 1, out
-
-    def of_others():
-        record = folder / "score.json"
-        return (folder / "scores.csv").exists() and not (
-            record.exists() and json.loads(record.read_text()).get("score") == source)
-    while of_others():
-        if args.out:
-            raise UserError(f"{out} holds the results of other images: give another --out")
-        number += 1
-        folder = out.with_name(f"{out.name}-{number}")
-    make_folder(folder)
-    checkpoint.write_atomic(folder / "score.json", (json.dumps({"score": source}) + "\n").encode())
-    return folder
+from vae_ood.scoring import score_images
 
 
 def fitted(members, args):
@@ -128,74 +106,6 @@ def find_detector(args, device):
         detector.save(kept)
         print(f"written to {kept}")
     return detector
-
-
-def score_images(detector, args, out):
-    """Flag the outliers among the images of --score at the false-alarm rate --fpr, by conformal p-values."""
-    config, score = detector.config, args.scores[0] if args.scores else detector.scores[0]
-    if not Path(args.score).exists():
-        raise UserError(f"--score {args.score}: there is no such folder or file")
-    own = load_others(config, str(Path(args.score).resolve()), args)
-    rank = None if args.fdr else largest_rank(args, detector.things, len(detector.members))
-    out = Path(from_first(lambda: str(folder_of_scores(out, args))))
-    for note in own.notes:
-        print(f"{own.name}: {note}")
-    if Path(args.score).resolve() == Path(config["data"]):
-        print("note: the model was trained on these images; the false-alarm rate holds for new ones only")
-    agree({"score": own}, [config["images_crc32"], score, args.fpr, args.fdr, args.confidence])
-    said = detector.say(own)
-    if RANK == 0:
-        report(detector, own, said, score, rank, args, out)
-
-
-def report(detector, own, said, score, rank, args, out):
-    """Write scores.csv and outliers.png, and print the most outlying images and what the flags are worth."""
-    p, things, folds = detector.p_values(score, said), detector.things, len(detector.members)
-    limit = args.fpr if args.confidence is None else rank / (things + 1)
-    flagged = benjamini_hochberg(p, args.fdr) if args.fdr else p <= limit + 1e-9
-    scores = {name: detector.mean(name, said) for name in detector.scores}
-    components, reasons = detector.reasons(score, said)
-    distance, copies, known = detector.compare(own.pixels)
-    names = own.files or range(len(p))
-    columns = {"file" if own.files else "index": names} | {name: v.tolist() for name, v in scores.items()} | {
-        "p_value": p.tolist(), "outlier": flagged.astype(int).tolist(), "likeness": (1 - distance).tolist(),
-        "known": known.astype(int).tolist()} | {f"p_{name}": v.tolist() for name, v in components.items()}
-    checkpoint.write_csv(out / "scores.csv", columns, zip(*columns.values(), strict=True))
-    if plots.available():
-        plots.drawn(plots.outliers, out / "outliers.png", own.pixels.numpy(), p, scores[score],
-                    printable(f"{Path(own.name).name}: {score}, calibrated on {things:,} things"))
-    else:
-        print("no figure: pip install matplotlib")
-    print(f"\n{'image':<40}{score:>19}{'p-value':>10}")
-    for i in np.lexsort((-scores[score], p))[:10]:
-        why = reasons[i] if components else ""
-        print(f"{printable(names[i])[-39:]:<40}{scores[score][i]:>12.1f}{'':7}{p[i]:>10.4f}"
-              f"{'  outlier' if flagged[i] else '':9}  {why}".rstrip())
-    if known.any():
-        print(f"{known.sum():,} of {len(p):,} images show what training images show ({copies.sum():,} are copies), "
-              f"{flagged[known].sum():,} of them flagged: the rate is that of new things")
-    chosen = np.random.default_rng(0).permutation(len(p))[:COMPARED]
-    if detector.farther(own.take(chosen), distance[chosen]) < 0.01:
-        print("these images lie farther from the training images than those that calibrate did: unless they are "
-              "outliers, they are of another kind, and the false-alarm rate is not assured for them")
-    if args.fdr:
-        least = math.ceil(len(p) / (args.fdr * (things + 1)) - 1e-9)
-        print(f"{flagged.sum():,} of {len(p):,} images flagged, of which at most {args.fdr:.1%} are ordinary, on "
-              f"average (calibrated on {things:,} things)\nwritten to {out / 'scores.csv'}")
-        if not flagged.any() and least > 1:
-            print(f"at this rate {least:,} images must score above all that calibrate before one is flagged: give a "
-                  "larger --fdr, or calibrate on more things")
-        return
-    low, high = false_alarm_range(rank, things)
-    sure = f" (the rate is at most {args.fpr:g} with confidence {args.confidence:g})" if args.confidence else ""
-    images = sum(len(member.groups) for member in detector.members)
-    print(f"{flagged.sum():,} of {len(p):,} images flagged at p <= {limit:.4g}{sure}\n"
-          f"of new things like the training data, at most {limit:.1%} would be on average, between {low:.1%} and "
-          f"{high:.1%} for nine calibrations in ten (calibrated on {things:,} things, {images:,} images)\n"
-          f"written to {out / 'scores.csv'}")
-    if folds > 1:
-        print(f"of {folds} folds that rate is usual; proven, for things of one image, is at most "
-              f"{cross_bound(limit, folds, things):.1%} (arXiv 1905.02928)")
 
 
 def load_members(args, device):

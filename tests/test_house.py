@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 
 ORDER = ("cli", "parallel", "data", "metrics", "model", "checkpoint", "likelihood", "training", "features", "densities",
-         "scores", "detector", "plots", "evaluation", "reproduce", "detection", "promise", "bench")
+         "scores", "detector", "plots", "scoring", "evaluation", "reproduce", "detection", "promise", "bench")
 LABORATORY = ORDER[ORDER.index("reproduce"):]
 FILES = [path for folder in ("vae_ood", "kernels", "theory") for path in (ROOT / folder).rglob("*.py")]
 FILES += [ROOT / "run.py", ROOT / "eval.py"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from vae_ood import UserError, detector, promise
+from vae_ood import UserError, detector, promise, scoring
 from vae_ood.data import groups
 from vae_ood.data.images import Images
 from vae_ood.data.likeness import digests
@@ -157,7 +157,7 @@ def test_a_score_that_memorises_shows_a_leak(mutant):
 def test_the_rank_keeps_the_rate_and_a_rate_that_cannot_be_kept_is_refused(things):
     def rank(fpr, confidence=None):
         args = SimpleNamespace(fpr=fpr, confidence=confidence, max_images=None)
-        return detector.largest_rank(args, things, 1)
+        return scoring.largest_rank(args, things, 1)
 
     assert rank(0.05) / (things + 1) <= 0.05 < (rank(0.05) + 1) / (things + 1)
     with pytest.raises(UserError, match=f"there are {things}"):

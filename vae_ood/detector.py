@@ -10,6 +10,7 @@ import io
 import math
 import tempfile
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +19,13 @@ import torch
 
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import Progress, complete, pick_device
-from vae_ood.data.groups import group, parts, split_of, things_needed
+from vae_ood.data.groups import group, parts, split_of
 from vae_ood.data.images import Images
 from vae_ood.data.likeness import Nearest, digests, farther, near, numbered
 from vae_ood.data.own import to_pixels
 from vae_ood.features import DECODED_OFTEN, Features, decoded_means
 from vae_ood.likelihood import evaluate
-from vae_ood.metrics import benjamini_hochberg, confident_rank, conformal_p_values
+from vae_ood.metrics import benjamini_hochberg, conformal_p_values
 from vae_ood.parallel import from_first
 from vae_ood.scores import SCORES
 from vae_ood.training import train
@@ -38,12 +39,15 @@ WORDS = {"residual_spectrum": "fine texture", "residual_regions": "texture of a 
          "joint": "an unusual combination"}  # what a component of `default` speaks of
 
 
-def measure(model, config, images, args, label, first=0):
+def measure(model, config, images, args, label=None, first=0):
     """The `Features` of `images`, whose likelihoods, of training images for the first ones alone where --max-images
-    does not say, show their progress when they are asked for; `first` is the number of the first image's noise."""
+    does not say, show their progress by the label when they are asked for; `first` is the number of the first image's
+    noise."""
     evaluated = (images.first(args.max_images or TRAIN_IMAGES) if label == "train" else images).pixels
 
     def likelihoods():
+        if label is None:
+            return evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first)
         bar = Progress(len(evaluated), label=label)
         result = evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first, bar.update)
         bar.close()
@@ -79,13 +83,12 @@ class Member:
         scores = {name: SCORES[name].fit(fitted) for name in scores}
         nearest = Nearest.of(train.pixels)
         member = cls(model, scores, {}, groups, nearest, nearest.distance(test.pixels[:COMPARED]), n)
-        member.said = member.say(config, test, args, "calibration")
+        member.said = member.say(measure(model, config, test, args, "calibration", n))
         member.seen = n + len(test.pixels)
         return member
 
-    def say(self, config, images, args, label="score"):
-        """{name: scores [N]} of `Images`, whose noise is that of images after the `seen` ones."""
-        features = measure(self.model, config, images, args, label, self.seen)
+    def say(self, features):
+        """{name: scores [N]} of images' features."""
         return {name: finite(name, values) for score, fitted in self.scores.items()
                 for name, values in fitted.said(score, features).items()}
 
@@ -109,6 +112,21 @@ class Member:
             raise ValueError("scores and groups")
         return cls(model, scores, said, groups, Nearest(**state["nearest"]),
                    tuple(v.numpy() for v in state["held_out"]), int(state["seen"]))
+
+
+@dataclass
+class Seen:
+    """What a detector says of images [N]: scores {name: [N]}; of its own score the p-value, the components' p-values
+    {name: [N]} and the name of the smallest one (or its own); 1 - likeness to the nearest training image, whether that
+    is the same image, or shows the same thing."""
+
+    scores: dict
+    p_value: np.ndarray
+    components: dict
+    component: list
+    distance: np.ndarray
+    copies: np.ndarray
+    known: np.ndarray
 
 
 class Detector:
@@ -179,8 +197,7 @@ class Detector:
             config = state["config"]
             found = cls(config, [Member.restore(path, config, member, device) for member in state["members"]])
             one = Images("one", torch.zeros(1, *config["shape"], dtype=torch.uint8))  # to see that all of it fits
-            found.p_values(found.score, found.say(one))
-            found.compare(one.pixels)
+            found.look(one)
             return found
         except Exception as error:  # anything that a damaged or tampered file may hold
             raise UserError(f"{path} is damaged: its content does not fit ({type(error).__name__})") from None
@@ -189,21 +206,23 @@ class Detector:
         """`Images` of the model's shape."""
         return Images("images", to_pixels(images, self.config["shape"], self.config.get("range")))
 
-    def say(self, images):
-        """[{name: scores [N]} of each member] of `Images`."""
-        return [member.say(self.config, images, self.args) for member in self.members]
+    def say(self, images, first=0):
+        """[{name: scores [N]} of each member] of `Images`, the first of which is the `first` that is scored: noise, if
+        a score takes some, depends on an image's number."""
+        return [member.say(measure(member.model, self.config, images, self.args, first=member.seen + first))
+                for member in self.members]
 
     def mean(self, name, said):
         """One of the scores [N], the mean over the folds, from what the members say."""
         return np.mean([of[name] for of in said], 0)
 
-    def reasons(self, score, said):
-        """({component: p-values [N]} of a score, what the component of the smallest p-value speaks of [N]); ({}, the
-        score's name [N]) where it has no components."""
-        of = {name.split(".")[1]: self.p_values(name, said) for name in said[0] if name.startswith(f"{score}.")}
-        if not of:
-            return of, [score] * len(said[0][score])
-        return of, [WORDS[list(of)[i]] for i in np.argmin(list(of.values()), 0)]
+    def look(self, images, first=0, score=None):
+        """All that is `Seen` of `Images`, by one of the scores."""
+        said, score = self.say(images, first), score or self.score
+        components = {name.split(".")[1]: self.p_values(name, said) for name in said[0] if name.startswith(f"{score}.")}
+        least = np.argmin(list(components.values()) or np.zeros((1, len(images.pixels))), 0)
+        return Seen({name: self.mean(name, said) for name in self.scores}, self.p_values(score, said), components,
+                    [(list(components) or [score])[i] for i in least], *self.compare(images.pixels))
 
     def p_values(self, name, said):
         """The conformal p-values [N] of one of the scores, from what the members say."""
@@ -225,19 +244,27 @@ class Detector:
         return p <= fpr + 1e-9 if fdr is None else benjamini_hochberg(p, fdr)
 
     def explain(self, images):
-        """For each image a dict: score, p_value, components {name: p-value} where the score is `default`, speaks (what
-        the component of the smallest p-value speaks of), reconstruction (uint8 [H, W, C]), likeness to the nearest
-        training image, known (whether it shows what a training image shows)."""
+        """For each image a dict: score, p_value, components {name: p-value} where the score is `default`, component
+        (the one of the smallest p-value, or the score), speaks (of what it speaks), image and reconstruction (uint8
+        [H, W, C]), likeness to the nearest training image, known (whether it shows what a training image shows)."""
         own = self.images(images)
-        said = self.say(own)
-        p, scores = self.p_values(self.score, said), self.mean(self.score, said)
-        components, speaks = self.reasons(self.score, said)
-        means = decoded_means(self.members[0].model, own.pixels)
-        distance, _, known = self.compare(own.pixels)
-        return [{"score": float(scores[i]), "p_value": float(p[i]),
-                 "components": {name: float(values[i]) for name, values in components.items()}, "speaks": speaks[i],
-                 "reconstruction": means[i], "likeness": float(1 - distance[i]), "known": bool(known[i])}
-                for i in range(len(p))]
+        return self.reconstructed(self.rows(own, self.look(own), range(len(own.pixels))))
+
+    def rows(self, images, seen, which, score=None):
+        """What `explain` gives of some of `Images`, without the reconstructions."""
+        score = score or self.score
+        return [{"score": float(seen.scores[score][i]), "p_value": float(seen.p_value[i]),
+                 "components": {name: float(p[i]) for name, p in seen.components.items()},
+                 "component": seen.component[i], "speaks": WORDS.get(seen.component[i], seen.component[i]),
+                 "image": images.pixels[i].permute(1, 2, 0).numpy().copy(), "likeness": float(1 - seen.distance[i]),
+                 "known": bool(seen.known[i])} for i in which]
+
+    def reconstructed(self, rows):
+        """The rows, with their reconstructions."""
+        images = torch.from_numpy(np.stack([row["image"] for row in rows])).permute(0, 3, 1, 2)
+        for row, mean in zip(rows, decoded_means(self.members[0].model, images), strict=True):
+            row["reconstruction"] = mean
+        return rows
 
     def compare(self, pixels):
         """Of uint8 pixels [N, C, H, W]: the distance to the nearest training image, the mean over the folds; whether
@@ -263,22 +290,3 @@ class Detector:
         known = np.concatenate([member.held_out[0] for member in self.members])
         folds = np.concatenate([member.groups[:COMPARED] + i * 2**32 for i, member in enumerate(self.members)])
         return farther(distance, groups, known, folds)
-
-
-def largest_rank(args, things, folds):
-    """k, so that the false-alarm rate that is asked for is kept where p <= k / (things + 1); UserError where there is
-    none."""
-    more = "a larger --max-images" if args.max_images else "a run with a smaller --fpr" + (
-        "" if folds > 1 else ", or one with --folds, by which all things calibrate")
-    if args.confidence is None:
-        if k := int(args.fpr * (things + 1) + 1e-9):
-            return k
-        raise UserError(f"--fpr {args.fpr:g} needs {things_needed(args.fpr):,} things to calibrate with, and there are "
-                        f"{things:,}: give --fpr {math.ceil(1e4 / (things + 1)) / 1e4:g} or more, or {more}")
-    if k := confident_rank(things, args.fpr, args.confidence):
-        return k
-    possible = 1 - (1 - args.confidence) ** (1 / things)
-    needed = math.ceil(math.log(1 - args.confidence) / math.log1p(-args.fpr))
-    raise UserError(f"--fpr {args.fpr:g} with confidence {args.confidence:g} needs {needed:,} things to calibrate "
-                    f"with, and there are {things:,}: give --fpr {math.ceil(1e4 * possible) / 1e4:g} or more, or "
-                    f"{more}")

@@ -1,6 +1,8 @@
 """The estimators: ELBO, importance-weighted NLL, bits per dimension. Everything is in nats unless it says bits."""
 
+import functools
 import math
+import threading
 
 import numpy as np
 import torch
@@ -11,8 +13,16 @@ from vae_ood.data.images import EVALUATION, generator, to_unit
 from vae_ood.parallel import WORLD, spread
 
 MEMORY_BUDGET = 512 * 2**20  # bytes for the activations of one chunk
-# A decorator: TF32 would be off by 1e-3.
-exact_convolutions = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+EXACT = threading.RLock()  # cuDNN's flags are the process's
+
+
+def exact_convolutions(function):
+    """A decorator: without TF32, which would be off by 1e-3. One thread at a time computes so."""
+    @functools.wraps(function)
+    def exactly(*args, **kwargs):
+        with EXACT, torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            return function(*args, **kwargs)
+    return exactly
 
 
 def bits_per_dim(nll, d, gamma, dequantize=False):
