@@ -207,7 +207,7 @@ def train_and_evaluate(args, sets, split, out, device, files=None):
             return None, config
         fitted = measure(model, config, sets["train"], args, "train")
         member = Member.fit(model, config, sets, ["default"], args, fitted) if "default" in args.scores else None
-        evaluation.evaluate(model, config, sets, args, out, fitted)
+        evaluation.evaluate(model, config, sets, args, out, fitted, member and member.scores)
         return member, config
 
 

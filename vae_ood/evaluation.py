@@ -118,10 +118,10 @@ def load_outliers(config, args, test):
     return sets
 
 
-def evaluate(model, config, sets, args, out, fitted=None):
+def evaluate(model, config, sets, args, out, fitted=None, scores=None):
     """Evaluate `sets` ({'train', 'test', outliers...: Images}), print the tables and write the files to `out`. Scores
     are fitted to all of 'train', of which TRAIN_IMAGES are evaluated where --max-images does not say; `fitted` are the
-    features of 'train' where they are there already."""
+    features of 'train', and `scores` {name: fitted}, where they are there already."""
     fitted = fitted or measure(model, config, sets["train"], args, "train")
     sets = sets | {"train": sets["train"].first(args.max_images or TRAIN_IMAGES)}
     features = {name: measure(model, config, images, args, name) for name, images in sets.items()}
@@ -136,7 +136,7 @@ def evaluate(model, config, sets, args, out, fitted=None):
                "iw_samples": args.iw_samples, "kl_per_dim": kl.tolist(), "spectrum_cut": cut, "spectrum_ratio": ratio,
                "mmd": mmd(z, prior) if len(z) > 1 else None, "mmd_images": len(z), "fit_images": len(fitted.images),
                "sets": likelihood_table(measured, sets, bits, args)}
-    scores, metrics["scores"] = score_table(fitted, features, args)
+    scores, metrics["scores"] = score_table(fitted, features, args, scores or {})
     if config["data"] == "sprites":
         print(f"\n{cut} of {config['kappa']} latent dimensions carry the data; the family has "
               f"{config['sprite_factors']}" + (f" (largest drop of the mean KL: {ratio:.1f}-fold)" if ratio else ""))
@@ -173,15 +173,16 @@ def likelihood_table(measured, sets, bits, args):
     return table
 
 
-def score_table(fitted, features, args):
-    """Print how each score tells each outlier set from 'test'; returns ({score: {set: [N]}}, {score: {set: {...}}})."""
+def score_table(fitted, features, args, known):
+    """Print how each score, fitted here unless it is `known`, tells each outlier set from 'test'; returns ({score:
+    {set: [N]}}, {score: {set: {...}}})."""
     outliers = [name for name in features if name not in ("train", "test")]
     print(f"\n{'AUROC, FPR95':<27}" + "".join(f"{name[:15]:>17}" for name in outliers) +
           f"     outliers are the positive class; a larger score is more outlying; fitted to {len(fitted.images):,} "
           "training images")
     scores, table = {}, {}
     for score in args.scores:
-        scorer = SCORES[score].fit(fitted)
+        scorer = known.get(score) or SCORES[score].fit(fitted)
         of = scores[score] = {name: finite(score, scorer(f)) for name, f in features.items()}
         table[score] = {name: detection(of["test"], of[name], paired=name in CORRUPTIONS) for name in outliers}
         print(f"{score + ' (control)' * SCORES[score].control:<27}" + "".join(
