@@ -156,26 +156,30 @@ def write_rows(source, scored, out):
     """Score all images of the source, `Scored`, and write scores.csv, at first as scores.part.csv row by row, which is
     kept where that ends early."""
     part, begun, bar = out / "scores.part.csv", time.monotonic(), Progress(len(source), label="image")
+    written = end = 0  # images whose rows are whole, and where these end
 
     def kept():
-        return f"the rows of {scored.n:,} of {len(source):,} images are in {part}"
+        return f"the rows of {written:,} of {len(source):,} images are in {part}"
     try:
         with open(part if RANK == 0 else os.devnull, "w", newline="", encoding="utf-8",
                   errors="surrogateescape") as file:  # names of any bytes
             writer = csv.writer(file, lineterminator="\n")
-            for images in blocks(source, scored.detector.config["shape"]):
-                agree({"score": images}, [])
-                if scored.n == 0:
-                    writer.writerow(columns := scored.add(images))
-                else:
+            try:
+                for images in blocks(source, scored.detector.config["shape"]):
+                    agree({"score": images}, [])
                     columns = scored.add(images)
-                writer.writerows(zip(*columns.values(), strict=True))
-                file.flush()
-                seconds = time.monotonic() - begun
-                left = seconds / scored.n * (len(source) - scored.n)
-                bar.update(scored.n, f"{scored.n / seconds:,.0f} images/s, {duration(left)} left")
+                    if not written:
+                        writer.writerow(columns)
+                    writer.writerows(zip(*columns.values(), strict=True))
+                    end, written = file.tell(), scored.n
+                    seconds = time.monotonic() - begun
+                    left = duration(seconds / written * (len(source) - written))
+                    bar.update(written, f"{written / seconds:,.0f} images/s, {left} left")
+            finally:
+                if RANK == 0:
+                    file.truncate(end)
     except UserError as error:
-        raise UserError(f"{error}; {kept()}" if scored.n else str(error)) from None
+        raise UserError(f"{error}; {kept()}" if written else str(error)) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(kept()) from None
     finally:
