@@ -1,6 +1,6 @@
 """Fused ops of the Gaussian VAE: Triton kernels for CUDA tensors, plain torch for the rest.
 
-Nothing here knows of vae_ood; everything is in nats.
+Nothing here knows of the rest of vae_ood; everything is in nats.
 """
 
 import functools

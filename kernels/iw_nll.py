@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from kernels import accumulation_dtype, tl, triton, use_triton
+from . import accumulation_dtype, tl, triton, use_triton
 
 LOG_2PI = math.log(2 * math.pi)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels import accumulation_dtype, tl, triton, use_triton
+from . import accumulation_dtype, tl, triton, use_triton
 
 
 def kl_per_dim(mu, log_sigma):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import kernels
+from vae_ood import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOOR = 2e-6  # relative to the largest value: some roundings of float32

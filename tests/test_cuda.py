@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.iw_nll import gaussian_log_likelihood, iw_nll
-from kernels.reparameterize import reparameterize
 from tests.compare import assert_matches, triton  # noqa: F401
 from tests.conftest import ROOT
 from tests.test_kernels_iw_nll import CL, log_of, problem, ratio
 from tests.test_kernels_reparameterize import leaves
 from vae_ood import checkpoint
 from vae_ood.features import Features
+from vae_ood.kernels.iw_nll import gaussian_log_likelihood, iw_nll
+from vae_ood.kernels.reparameterize import reparameterize
 from vae_ood.likelihood import evaluate
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES

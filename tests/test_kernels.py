@@ -7,13 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kernels
-from kernels import bench_kernels, use_triton
-from kernels.iw_nll import gaussian_log_likelihood, iw_nll
-from kernels.reparameterize import reparameterize
 from tests.compare import DEVICE, triton  # noqa: F401
 from tests.conftest import ROOT
-from vae_ood import training
+from vae_ood import kernels, training
+from vae_ood.kernels import bench_kernels, use_triton
+from vae_ood.kernels.iw_nll import gaussian_log_likelihood, iw_nll
+from vae_ood.kernels.reparameterize import reparameterize
 from vae_ood.likelihood import evaluate
 from vae_ood.model import VAE
 
@@ -152,7 +151,7 @@ def test_evaluation_is_the_same_on_both_paths(monkeypatch, dequantize):
 
 
 def test_everything_runs_without_triton():
-    code = ("import sys; sys.modules['triton'] = None; import torch, kernels; from vae_ood import training\n"
+    code = ("import sys; sys.modules['triton'] = None; import torch; from vae_ood import training\n"
             "from vae_ood.model import VAE\n"
             "model, eps = VAE((1, 8, 8), 0.1, 2), torch.zeros(3, 2, requires_grad=True)\n"
             "x = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)\n"

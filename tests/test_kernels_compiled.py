@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
-from kernels.iw_nll import gaussian_log_likelihood, iw_nll
-from kernels.reparameterize import reparameterize
+from vae_ood import kernels
+from vae_ood.kernels.iw_nll import gaussian_log_likelihood, iw_nll
+from vae_ood.kernels.reparameterize import reparameterize
 
 CAPABILITIES = (80, 90, 100)
 
@@ -39,7 +39,7 @@ def compile_all():
     launch = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        launches.append((self.__module__.removeprefix("kernels.") + self.__name__,
+        launches.append((self.__module__.removeprefix("vae_ood.kernels.") + self.__name__,
                          launch(self, *args, grid=grid, warmup=True, **options), grid))
 
     def collect(**about):

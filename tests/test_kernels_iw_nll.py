@@ -7,8 +7,15 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from kernels.iw_nll import _combine_kernel, forward, gaussian_log_likelihood, iw_nll, iw_nll_ref, squared_error_backward
 from tests.compare import DEVICE, assert_matches, triton  # noqa: F401
+from vae_ood.kernels.iw_nll import (
+    _combine_kernel,
+    forward,
+    gaussian_log_likelihood,
+    iw_nll,
+    iw_nll_ref,
+    squared_error_backward,
+)
 
 CL = torch.channels_last
 ORDERS = [  # sample, memory format of x, memory format of the mean

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from kernels.reparameterize import forward, reparameterize, reparameterize_ref
 from tests.compare import DEVICE, assert_matches, triton  # noqa: F401
+from vae_ood.kernels.reparameterize import forward, reparameterize, reparameterize_ref
 
 SHAPES = [(1, 1), (1, 32), (64, 32), (5, 3), (37, 33), (3, 512), (2, 1031)]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from kernels.iw_nll import log_normal
 from vae_ood import likelihood
 from vae_ood.data.images import to_unit
+from vae_ood.kernels.iw_nll import log_normal
 from vae_ood.likelihood import bits_per_dim, evaluate, log_prior_minus_log_q
 from vae_ood.model import VAE
 

@@ -51,8 +51,8 @@ import math
 import numpy as np
 import torch
 
-from kernels.reparameterize import kl_per_dim
 from theory.penalties import exponential, indicator, power, ratio
+from vae_ood.kernels.reparameterize import kl_per_dim
 
 T = torch.linspace(0.5, 0.9, 8, dtype=torch.float64)
 SPARSE = torch.stack([T, torch.zeros_like(T)], -1)  # z of the optimal sparse reconstruction

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from kernels.iw_nll import iw_nll
-from kernels.reparameterize import kl_per_dim
+from vae_ood.kernels.iw_nll import iw_nll
+from vae_ood.kernels.reparameterize import kl_per_dim
 from vae_ood.likelihood import log_prior_minus_log_q
 
 FLOOR = 2e-4  # the least gamma

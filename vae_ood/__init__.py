@@ -1,5 +1,12 @@
 """vae-ood: does this image belong to the data that the model was trained on?"""
 
+import os
+
+# vae_ood.kernels lies in this folder where it is installed, and beside it in the repository. Plain `kernels` is what
+# another package is called.
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    __path__.append(os.path.dirname(__path__[0]))
+
 __all__ = ["Detector", "UserError"]
 
 

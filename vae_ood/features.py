@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.iw_nll import log_normal
-from kernels.reparameterize import reparameterize
 from vae_ood.data.images import DEQUANTISATION, REGRET, generator, to_unit
+from vae_ood.kernels.iw_nll import log_normal
+from vae_ood.kernels.reparameterize import reparameterize
 from vae_ood.likelihood import chunk_size, exact_convolutions
 from vae_ood.parallel import spread
 

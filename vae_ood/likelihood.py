@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import torch
 
-from kernels.iw_nll import iw_nll, log_normal
-from kernels.reparameterize import reparameterize
 from vae_ood.data.images import EVALUATION, generator, to_unit
+from vae_ood.kernels.iw_nll import iw_nll, log_normal
+from vae_ood.kernels.reparameterize import reparameterize
 from vae_ood.parallel import WORLD, spread
 
 MEMORY_BUDGET = 512 * 2**20  # bytes for the activations of one chunk

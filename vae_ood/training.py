@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kernels.iw_nll import gaussian_log_likelihood, log_normal
-from kernels.reparameterize import reparameterize
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import RANK, WORLD, Progress, duration, out_of_memory
 from vae_ood.data.images import TRAINING, batch_indices, generator, to_unit
 from vae_ood.data.likeness import set_digest
+from vae_ood.kernels.iw_nll import gaussian_log_likelihood, log_normal
+from vae_ood.kernels.reparameterize import reparameterize
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
