@@ -171,7 +171,7 @@ class Detector:
         complete(args)
         own = Images("images", to_pixels(images))
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-            names, labels = digests(own.pixels), near(own.pixels) if groups is None else numbered(groups)
+            names, labels = digests(own.pixels), near(own.pixels, quiet=True) if groups is None else numbered(groups)
             split = split_of(own, names, labels, fpr)
             sets = parts(own, split)
             validation = sets.pop("validation", None)
@@ -278,15 +278,17 @@ class Detector:
         """How many things calibrate."""
         return sum(len(np.unique(member.groups)) for member in self.members)
 
-    def farther(self, own, distance):
-        """The p-value of the test that new `Images`, at this mean distance from the training images [N], lie farther
-        from these than those that calibrate, one image of each thing; of the new ones, things by the run's --group-by,
-        or by likeness where that does not fit them."""
+    def groups(self, images):
+        """Labels [N] of `Images` by the run's --group-by, or by likeness where that does not fit them."""
         how = self.config.get("group_by")
         try:
-            groups = group(own, "near" if how in (None, "none") or how.lower().endswith(".csv") else how)
+            return group(images, "near" if how in (None, "none") or how.lower().endswith(".csv") else how, quiet=True)
         except UserError:
-            groups = near(own.pixels)
+            return near(images.pixels, quiet=True)
+
+    def farther(self, groups, distance):
+        """The p-value of the test that new images of `groups` [N], at this mean distance from the training images [N],
+        lie farther from these than those that calibrate, one image of each thing."""
         known = np.concatenate([member.held_out[0] for member in self.members])
         folds = np.concatenate([member.groups[:COMPARED] + i * 2**32 for i, member in enumerate(self.members)])
         return farther(distance, groups, known, folds)

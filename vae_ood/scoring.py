@@ -239,7 +239,8 @@ def said_of_the_set(scored, p):
     if len(known):
         lines.append(f"{len(known):,} of {len(p):,} images show what training images show ({scored.copies:,} are "
                      f"copies), {(known <= scored.limit).sum():,} of them flagged: the rate is that of new things")
-    if detector.farther(*scored.sample()) < 0.01:
+    images, distance = scored.sample()
+    if detector.farther(detector.groups(images), distance) < 0.01:
         lines.append("these images lie farther from the training images than those that calibrate did: unless they are "
                      "outliers, they are of another kind, and the false-alarm rate is not assured for them")
     return lines

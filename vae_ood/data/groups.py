@@ -22,11 +22,11 @@ from vae_ood.data.likeness import digests, near, numbered
 PARTS = ("train", "validation", "test")  # of own images; the last one calibrates
 TRAIN, VALIDATION, CALIBRATION = range(3)
 
-def group(images, how):
-    """Labels [N] of `Images` by --group-by: near, folder, none (copies alone are one), a FILE.csv, or a regular
-    expression. Raises UserError."""
+def group(images, how, quiet=False):
+    """Labels [N] of `Images` by --group-by: near (which tells its progress unless `quiet`), folder, none (copies alone
+    are one), a FILE.csv, or a regular expression. Raises UserError."""
     if how == "near":
-        return near(images.pixels)
+        return near(images.pixels, quiet)
     if how == "none":
         return numbered(digests(images.pixels))
     if how.lower().endswith(".csv"):

@@ -154,26 +154,27 @@ def numbered(names):
     return np.array([number.setdefault(name, len(number)) for name in np.asarray(names).tolist()], np.int32)
 
 
-def near(pixels):
+def near(pixels, quiet=False):
     """Labels [N] of uint8 images [N, C, H, W], equal where pictures are so alike that they show one thing.
 
     Two are joined where their distance is below a `share` of the geometric mean of their `local_scales`: so alike as
     others are not. So are pictures that follow one another in a folder whose order predicts likeness, a video's say,
-    and copies.
+    and copies. Unless `quiet`, progress is shown, and a note of clusters that are taken apart.
     """
     n = len(pixels)
     copies = numbered(digests(pixels))
     kept = np.unique(copies, return_index=True)[1]  # the first of each
     edges = [(np.arange(n), kept[copies])]
     if len(kept) > 2:
-        bar = Progress(len(kept), label="compared")
+        bar = None if quiet else Progress(len(kept), label="compared")
         vectors = torch.cat([likeness_vectors(pixels[torch.from_numpy(part)]).to(
             torch.float32 if len(kept) <= EXACT else torch.float16)
             for part in np.array_split(kept, math.ceil(len(kept) / 8192))])
         distance, index = neighbours(vectors, bar)
-        bar.close()
+        if bar:
+            bar.close()
         edges += [(kept[i], kept[j]) for i, j in siblings(vectors, distance, index)]
-        if clustered(vectors, distance) > 0.2:
+        if not quiet and clustered(vectors, distance) > 0.2:
             print(f"note: many pictures have over {LISTED} others that are far more alike than the rest: if each such "
                   "cluster shows one thing, say so with --group-by; by likeness it is taken apart")
     return connected(n, *(np.concatenate(side) for side in zip(*edges, strict=True)))
