@@ -1,5 +1,7 @@
 """Metrics against scikit-learn, brute force and their own guarantees."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -10,9 +12,12 @@ from vae_ood.metrics import (
     conformal_p_values,
     cross_bound,
     detection,
+    distances,
+    energy_distances,
     false_alarm_range,
     latent_spectrum,
     mmd,
+    set_p_value,
 )
 
 
@@ -148,3 +153,73 @@ def test_mmd_is_zero_in_expectation_between_samples_of_one_distribution_and_not_
     same = np.array([draw(1) for _ in range(100)])
     assert abs(same.mean()) < 4 * same.std() / 10 and same.min() < 0
     assert min(draw(0.5) for _ in range(5)) > same.max()
+
+
+def energy(things, new):
+    """The energy distance of things, lists of rows, by the double sums; `new` are the numbers of one part."""
+    def mean(pairs):
+        return np.mean([[np.linalg.norm(a - b) for a in things[i] for b in things[j]] for i, j in pairs])
+    old = [i for i in range(len(things)) if i not in new]
+    return (2 * mean([(i, j) for i in new for j in old]) - mean(list(combinations(new, 2)))
+            - mean(list(combinations(old, 2))))
+
+
+def test_energy_distances_match_the_double_sums():
+    x = np.random.default_rng(0).standard_normal((7, 3)) + 5
+    parts = [np.flatnonzero(marks).tolist() for marks in np.ndindex(*[2] * 7) if sum(marks) == 3]
+    marked = np.array([[float(i in new) for i in range(7)] for new in parts], np.float32)
+    expected = [energy(x[:, None], new) for new in parts]
+    np.testing.assert_allclose(energy_distances(distances(x, rows=2), marked), expected, atol=1e-5)
+
+
+def test_a_set_s_p_value_is_the_share_of_the_permutations_of_whole_groups():
+    rng = np.random.default_rng(0)
+    things = rng.standard_normal((8, 1, 2)) + 0.5 * rng.standard_normal((8, 3, 2))
+    things[5:] += 2
+    all_of_them = [energy(things, new) for new in combinations(range(8), 3)]
+    expected = np.mean(np.array(all_of_them) >= energy(things, (5, 6, 7)) - 1e-9)
+    mixed = rng.permutation(15)
+    p = set_p_value(np.repeat([4, 2, 9], 3), (things[:5].reshape(15, 2)[mixed], np.repeat(np.arange(5), 3)[mixed],
+                                              things[5:].reshape(9, 2)), permutations=9999)
+    assert 0.02 < expected < 0.5 and abs(p - expected) < 4 * np.sqrt(expected / 10_000)
+
+
+def drawn(rng, things, pictures, alike=0.5, thinned=False):
+    """(features [N, 3], groups [N]) of things of so many pictures each, which share a part of their variance."""
+    x = np.sqrt(alike) * rng.standard_normal((things, 1, 3)) + np.sqrt(1 - alike) * rng.standard_normal(
+        (things, pictures, 3))
+    groups = np.repeat(np.arange(things), pictures)
+    kept = np.concatenate([i * pictures + rng.permutation(pictures)[:rng.integers(1, pictures + 1) if thinned else None]
+                           for i in range(things)])
+    return x.reshape(-1, 3)[kept], groups[kept]
+
+
+@pytest.mark.parametrize(("known", "new", "thinned"), [(1, 1, False), (6, 6, False), (6, 6, True)])
+def test_ordinary_sets_are_called_unlike_at_the_rate_asked_for(known, new, thinned):
+    rng, repeats, p, ungrouped = np.random.default_rng(0), 3000, [], []
+    for seed in range(repeats):
+        x, groups = drawn(rng, 30, known)
+        y, new_groups = drawn(rng, 8, new, thinned=thinned)
+        p.append(set_p_value(new_groups, (x, groups, y), permutations=99, seed=seed))
+        if known > 1 and seed < 200:
+            ungrouped.append(set_p_value(np.arange(len(y)), (x, np.arange(len(x)), y), permutations=99))
+    for rate in (0.01, 0.05, 0.5):
+        assert abs(np.mean(np.array(p) <= rate + 1e-9) - rate) < 3 * np.sqrt(rate * (1 - rate) / repeats)
+    assert not ungrouped or np.mean(np.array(ungrouped) <= 0.05) > 0.15  # pictures permuted, not groups
+
+
+def test_a_set_is_seen_that_no_single_picture_shows():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((1000, 20)), rng.standard_normal((30, 20)) + 0.3
+    assert detection((x**2).sum(1), (y**2).sum(1), 10)["auroc"] < 0.75
+    for pictures in (2000, 400):
+        assert set_p_value(np.arange(30), (x, np.arange(1000), y), pictures=pictures) == 0.001
+    assert set_p_value(np.arange(30), (x, np.arange(1000), y - 0.3)) > 0.05
+    assert set_p_value(np.arange(30), (x, np.arange(1000), y), (x, np.arange(1000), y - 10)) == 0.002  # of two folds
+
+
+def test_sets_of_one_thing_and_of_equal_pictures():
+    x = np.random.default_rng(0).standard_normal((99, 4))
+    far, ordinary = (set_p_value(np.zeros(3), (x, np.arange(99), np.full((3, 4), at))) for at in (9, 0.1))
+    assert far <= 0.02 and ordinary > 0.05
+    assert set_p_value([0, 0, 1], (np.full((9, 4), 0.1), np.arange(9), np.full((3, 4), 0.1))) == 1

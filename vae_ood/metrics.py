@@ -130,6 +130,71 @@ def mmd(x, y, rows=500):
                  - 2 * kernel_sum(x, y) / (n * m))
 
 
+def distances(x, rows=500):
+    """The Euclidean distances [N, N], float32, between rows x [N, D]; `rows` bound the memory."""
+    x = x - x[0]  # equal rows: exactly 0
+    squares, out = (x**2).sum(1), np.empty((len(x), len(x)), np.float32)
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        out[part] = np.sqrt(np.maximum(squares[part, None] + squares - 2 * x[part] @ x.T, 0))
+    return out
+
+
+def energy_distances(distance, new):
+    """The energy distances [B] (Szekely and Rizzo, doi 10.1016/j.jspi.2013.03.018) between two parts of N things, by
+    their distances [N, N], whose diagonal is 0; `new` [B, N] marks one part with 1, the other with 0. They are unbiased
+    and may fall below 0; within a part of one thing, the mean distance is taken as that of all."""
+    things = len(distance)
+    m = int(new[0].sum())
+    n = things - m
+    centred = distance - distance.sum() / (things * (things - 1))  # which changes nothing but the rounding
+    np.fill_diagonal(centred, 0)
+    within = (new @ centred * new).sum(1, dtype=float)
+    of_new, total = new @ centred.sum(1, dtype=float), centred.sum(dtype=float)
+    return (2 * (of_new - within) / (n * m) - (total - 2 * of_new + within) / max(n * (n - 1), 1)
+            - within / max(m * (m - 1), 1))
+
+
+def _drawn(groups, each, things, rng):
+    """The rows [G each] of so many random pictures of each of at most so many random groups, group by group."""
+    _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
+    order = rng.permutation(len(group))
+    order = order[np.argsort(group[order], kind="stable")]
+    starts = rng.permutation(np.cumsum(size) - size)[:things]
+    return order[starts[:, None] + np.arange(each)].ravel()
+
+
+def set_p_value(new_groups, *folds, permutations=999, pictures=2000, seed=0):
+    """The p-value, in [1 / (permutations + 1), 1], of new pictures as a set: that they are like those that calibrate.
+
+    new_groups [M]: equal for pictures of one thing. `folds`: (whitened features [N, D] of pictures that the model never
+    saw, their groups [N], the new pictures' features [M, D]): one, or one of each model that was trained without a part
+    of the groups. p = (1 + the permutations whose energy distance is at least the observed one) / (1 + permutations)
+    (arXiv 1603.05766), each of whole groups: where these are exchangeable, P(p <= a) <= a for every a.
+
+    A group counts with as many pictures, drawn at random, as the smallest one has: the mean of many varies less than
+    one picture, so that ordinary sets of one picture of each thing would be called unlike sets of six. At most so many
+    `pictures` of either side are compared. Of several folds: twice the mean (arXiv 1212.4966), at most 1.
+    """
+    found = []
+    for known, groups, new in folds:
+        rng = np.random.default_rng(seed)
+        sizes = [np.unique(of, return_counts=True)[1] for of in (groups, new_groups)]
+        each = max(1, min(*(size.min() for size in sizes), *(pictures // len(size) for size in sizes)))
+        rows, new_rows = (_drawn(of, each, pictures // each, rng) for of in (groups, new_groups))
+        x = np.concatenate([np.asarray(known, float)[rows], np.asarray(new, float)[new_rows]])
+        things = len(x) // each
+        distance = distances(x).reshape(things, each, things, each).mean((1, 3))
+        np.fill_diagonal(distance, 0)
+        parts = np.zeros((permutations + 1, things), np.float32)
+        parts[:, len(rows) // each:] = 1
+        parts[1:] = rng.permuted(parts[1:], axis=1)
+        energy = energy_distances(distance, parts)
+        as_far = energy[1:] >= energy[0] - 1e-7 * distance.mean()  # ties count
+        found.append((1 + as_far.sum()) / (1 + permutations))
+    return float(found[0] if len(found) == 1 else min(1, 2 * np.mean(found)))
+
+
 def latent_spectrum(kl_per_dim):
     """The mean KLs [kappa] in nats, sorted descending, with the place and size of their cut-off.
 
