@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from tests.conftest import ROOT
 from vae_ood import UserError
 from vae_ood.data.images import Images, convert
 from vae_ood.detector import WORDS, Detector, Member
-from vae_ood.metrics import benjamini_hochberg
+from vae_ood.metrics import benjamini_hochberg, conformal_p_values
 from vae_ood.model import VAE
 from vae_ood.scores import COMPONENTS, SCORES
 
@@ -126,6 +127,7 @@ def test_files_that_are_no_detector_are_refused_by_name(saved, tmp_path):
 
     assert "there is no detector" in refused(tmp_path / "none.pt")
     assert "newer vae-ood" in refused(changed("newer.pt", lambda state: state.update(detector=99)))
+    assert "older vae-ood: fit it anew" in refused(changed("older.pt", lambda state: state.update(detector=1)))
     assert "is not a detector" in refused(changed("ckpt.pt", lambda state: state.pop("detector")))
     for change in (lambda s: s.pop("members"), lambda s: s["config"].update(kappa=5), lambda s: s.update(members=[]),
                    lambda s: s["members"][0]["said"]["nll"].fill_(float("nan")),
@@ -212,3 +214,40 @@ def test_fit_trains_as_the_command_does(tmp_path, capsys):
     np.testing.assert_array_equal(again.p_value(pictures(5, 3)), found.p_value(pictures(5, 3)))
     with pytest.raises(UserError, match="three are needed"):
         Detector.fit(pictures(5), groups=[0, 0, 1, 1, 1])
+
+
+def test_a_set_that_is_unlike_the_training_data_is_seen(detector):
+    assert detector.set_p_value(pictures(40, 21)) > 0.05
+    shifted = (pictures(40, 22).float() * 0.9 + 12).byte()
+    assert detector.set_p_value(shifted) <= 0.004  # twice the mean of two folds' 1 / 1000, and some
+    with pytest.raises(UserError, match="fit the detector with it"):
+        Detector(CONFIG | {"max_images": None, "iw_samples": 2}, [
+            Member(None, {"nll": None}, {}, [], None, None, 0)]).set_p_value(shifted)
+
+
+def test_many_threads_score_as_one_and_nothing_is_printed(detector, capsys):
+    parts = [pictures(30, seed) for seed in range(8)]
+    alone = [detector.decision_function(part) for part in parts]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(detector.decision_function, parts))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+    detector.explain(parts[0])
+    detector.set_p_value(parts[0])
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_a_false_discovery_rate_holds_for_things_of_several_pictures(size):
+    """The calibration and the new things drawn anew each time: `size` pictures of each thing, which are much alike."""
+    rng, fdr, shares = np.random.default_rng(size), 0.2, []
+
+    def things(n, shift=0.0):
+        return (shift + rng.standard_normal((n, 1)) + 0.3 * rng.standard_normal((n, size))).ravel()
+    for _ in range(600):
+        new = np.concatenate([things(40), things(10, 3.0)])
+        p = conformal_p_values((things(199), np.repeat(np.arange(199), size), new))
+        flagged = benjamini_hochberg(p, fdr)
+        shares.append(flagged[:40 * size].sum() / max(1, flagged.sum()))
+    assert 0.3 * fdr < np.mean(shares) < fdr * 0.8 + 3 * np.std(shares) / len(shares) ** 0.5, np.mean(shares)

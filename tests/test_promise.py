@@ -198,7 +198,7 @@ def test_images_have_noise_of_their_own():
 
 
 def test_noise_that_restarts_is_noticed(monkeypatch):
-    monkeypatch.setattr(detector, "evaluate", lambda model, images, k, seed, dequantize, first, progress: evaluate(
+    monkeypatch.setattr(detector, "evaluate", lambda model, images, k, seed, dequantize, first, *progress: evaluate(
         model, images, k, seed, dequantize, 0))
     shares = [flagged_by_noise_alone(seed) for seed in range(20)]
     assert abs(np.mean(shares) - 0.05) > 2 * np.std(shares) / math.sqrt(20)

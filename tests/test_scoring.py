@@ -130,6 +130,7 @@ def test_only_so_much_is_kept_of_many_images(found):
     assert [row["index"] for row in scored.most] == order[:scoring.PAGE].tolist()
     assert [row["index"] for row in scored.least] == order[-scoring.FIGURE:].tolist()
     np.testing.assert_array_equal(scored.most[0]["image"], many[order[0]].permute(1, 2, 0))
-    images, distance = scored.sample()
+    images, distance, views = scored.sample()
     np.testing.assert_array_equal(images.pixels, many)  # all, as they are fewer than are compared
     np.testing.assert_allclose(distance, found.compare(many)[0], atol=1e-6)
+    np.testing.assert_allclose(views[0], found.look(Images("many", many)).views[0], atol=1e-4)

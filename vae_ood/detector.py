@@ -23,14 +23,14 @@ from vae_ood.data.groups import group, parts, split_of
 from vae_ood.data.images import Images
 from vae_ood.data.likeness import Nearest, digests, farther, near, numbered
 from vae_ood.data.own import to_pixels
-from vae_ood.features import DECODED_OFTEN, Features, decoded_means
+from vae_ood.features import DECODED_OFTEN, Features, Part, decoded_means
 from vae_ood.likelihood import evaluate
-from vae_ood.metrics import benjamini_hochberg, conformal_p_values
+from vae_ood.metrics import benjamini_hochberg, conformal_p_values, set_p_value
 from vae_ood.parallel import from_first
 from vae_ood.scores import SCORES
 from vae_ood.training import train
 
-FORMAT = 1
+FORMAT = 2  # 1 had no `view`
 FIT_IMAGES = 30_000  # of the training set: scores are fitted to so many, where --max-images does not say
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
 COMPARED = 2_000  # images that calibrate, and new ones, by how near they lie to the training images
@@ -67,11 +67,12 @@ def finite(name, scores):
 class Member:
     """A model, its scores fitted to its training images, and what they say of inliers that it has not seen."""
 
-    def __init__(self, model, scores, said, groups, nearest, held_out, seen):
+    def __init__(self, model, scores, said, groups, nearest, held_out, seen, view=None):
         """`said` {name: [n]}: the scores of the images that calibrate, of `groups` [n]; `held_out`: distance and local
-        scale [m] of the first of these to the training images `nearest`; `seen`: how many images have had noise."""
+        scale [m] of the first of these to the training images `nearest`; `view` [m, D]: what sets are compared by, of
+        the same images, None without `default`; `seen`: how many images have had noise."""
         self.model, self.scores, self.said, self.groups = model, scores, said, np.asarray(groups, np.int64)
-        self.nearest, self.held_out, self.seen = nearest, held_out, seen
+        self.nearest, self.held_out, self.seen, self.view = nearest, held_out, seen, view
 
     @classmethod
     def fit(cls, model, config, inliers, scores, args, fitted=None):
@@ -83,7 +84,8 @@ class Member:
         scores = {name: SCORES[name].fit(fitted) for name in scores}
         nearest = Nearest.of(train.pixels)
         member = cls(model, scores, {}, groups, nearest, nearest.distance(test.pixels[:COMPARED]), n)
-        member.said = member.say(measure(model, config, test, args, "calibration", n))
+        features = measure(model, config, test, args, "calibration", n)
+        member.said, member.view = member.say(features), member.viewed(Part(features, slice(COMPARED)))
         member.seen = n + len(test.pixels)
         return member
 
@@ -92,13 +94,22 @@ class Member:
         return {name: finite(name, values) for score, fitted in self.scores.items()
                 for name, values in fitted.said(score, features).items()}
 
+    def viewed(self, features):
+        """What sets of images are compared by [N, D], of their features; None without `default`."""
+        return self.scores["default"].whitened(features) if "default" in self.scores else None
+
+    def whole(self):
+        """Of the images that `view` has, those [m] whose things it has whole, or all where it has none whole."""
+        cut = np.isin(self.groups[:COMPARED], self.groups[COMPARED:])
+        return ~cut if not cut.all() else cut
+
     def state(self):
         """Tensors and plain values, which `restore` takes."""
         return {"model": self.model.state_dict(), "groups": torch.from_numpy(self.groups),
                 "scores": {name: fitted.state_dict() for name, fitted in self.scores.items()},
                 "said": {name: torch.from_numpy(values) for name, values in self.said.items()},
                 "nearest": self.nearest.state_dict(), "held_out": [torch.from_numpy(v) for v in self.held_out],
-                "seen": self.seen}
+                "seen": self.seen, "view": None if self.view is None else torch.from_numpy(self.view)}
 
     @classmethod
     def restore(cls, path, config, state, device):
@@ -107,23 +118,25 @@ class Member:
         model = checkpoint.rebuilt(path, config, state, device)
         scores = {name: SCORES[name].restore(values) for name, values in state["scores"].items()}
         said = {name: finite(name, values.numpy()) for name, values in state["said"].items()}
-        groups = state["groups"].numpy()
+        groups, view = state["groups"].numpy(), state["view"]
         if {groups.shape} != {values.shape for values in said.values()}:
             raise ValueError("scores and groups")
         return cls(model, scores, said, groups, Nearest(**state["nearest"]),
-                   tuple(v.numpy() for v in state["held_out"]), int(state["seen"]))
+                   tuple(v.numpy() for v in state["held_out"]), int(state["seen"]),
+                   None if view is None else finite("view", view.numpy()))
 
 
 @dataclass
 class Seen:
     """What a detector says of images [N]: scores {name: [N]}; of its own score the p-value, the components' p-values
-    {name: [N]} and the name of the smallest one (or its own); 1 - likeness to the nearest training image, whether that
-    is the same image, or shows the same thing."""
+    {name: [N]} and the name of the smallest one (or its own); each member's `view`; 1 - likeness to the nearest
+    training image, whether that is the same image, or shows the same thing."""
 
     scores: dict
     p_value: np.ndarray
     components: dict
     component: list
+    views: list
     distance: np.ndarray
     copies: np.ndarray
     known: np.ndarray
@@ -193,6 +206,8 @@ class Detector:
         if not isinstance(state, dict) or not isinstance(state.get("detector"), int):
             raise UserError(f"{path} is not a detector: give the detector.pt that run.py wrote")
         checkpoint.check_version(path, state["detector"], FORMAT)
+        if state["detector"] < FORMAT:
+            raise UserError(f"{path} was written by an older vae-ood: fit it anew with eval.py --ckpt RUN --fit")
         try:
             config = state["config"]
             found = cls(config, [Member.restore(path, config, member, device) for member in state["members"]])
@@ -206,11 +221,15 @@ class Detector:
         """`Images` of the model's shape."""
         return Images("images", to_pixels(images, self.config["shape"], self.config.get("range")))
 
-    def say(self, images, first=0):
-        """[{name: scores [N]} of each member] of `Images`, the first of which is the `first` that is scored: noise, if
-        a score takes some, depends on an image's number."""
-        return [member.say(measure(member.model, self.config, images, self.args, first=member.seen + first))
+    def features(self, images, first=0):
+        """[the `Features` by each member] of `Images`, the first of which is the `first` that is scored: noise, if a
+        score takes some, depends on an image's number."""
+        return [measure(member.model, self.config, images, self.args, first=member.seen + first)
                 for member in self.members]
+
+    def say(self, images):
+        """[{name: scores [N]} of each member] of `Images`."""
+        return [member.say(of) for member, of in zip(self.members, self.features(images), strict=True)]
 
     def mean(self, name, said):
         """One of the scores [N], the mean over the folds, from what the members say."""
@@ -218,11 +237,14 @@ class Detector:
 
     def look(self, images, first=0, score=None):
         """All that is `Seen` of `Images`, by one of the scores."""
-        said, score = self.say(images, first), score or self.score
+        features, score = self.features(images, first), score or self.score
+        said = [member.say(of) for member, of in zip(self.members, features, strict=True)]
         components = {name.split(".")[1]: self.p_values(name, said) for name in said[0] if name.startswith(f"{score}.")}
         least = np.argmin(list(components.values()) or np.zeros((1, len(images.pixels))), 0)
         return Seen({name: self.mean(name, said) for name in self.scores}, self.p_values(score, said), components,
-                    [(list(components) or [score])[i] for i in least], *self.compare(images.pixels))
+                    [(list(components) or [score])[i] for i in least],
+                    [member.viewed(of) for member, of in zip(self.members, features, strict=True)],
+                    *self.compare(images.pixels))
 
     def p_values(self, name, said):
         """The conformal p-values [N] of one of the scores, from what the members say."""
@@ -285,6 +307,21 @@ class Detector:
             return group(images, "near" if how in (None, "none") or how.lower().endswith(".csv") else how, quiet=True)
         except UserError:
             return near(images.pixels, quiet=True)
+
+    def set_p_value(self, images):
+        """The p-value, in [0.001, 1], of the hypothesis that all the images are like the training data, as a set
+        (`metrics.set_p_value`): it sees drift that no single image shows. At most 2,000 of them, drawn at random, are
+        compared. Raises UserError for a detector without `default`."""
+        if self.members[0].view is None:
+            raise UserError("sets are compared by what `default` reads: fit the detector with it")
+        own = self.images(images)
+        own = own.take(np.sort(np.random.default_rng(0).permutation(len(own.pixels))[:COMPARED]))
+        return self.p_of_set(self.groups(own), self.look(own).views)
+
+    def p_of_set(self, groups, views):
+        """The p-value of `set_p_value`, from new images' groups [N] and each member's view of them [N, D]."""
+        return set_p_value(groups, *((member.view[whole := member.whole()], member.groups[:COMPARED][whole], view)
+                                     for member, view in zip(self.members, views, strict=True)))
 
     def farther(self, groups, distance):
         """The p-value of the test that new images of `groups` [N], at this mean distance from the training images [N],

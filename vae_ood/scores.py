@@ -55,6 +55,11 @@ class Combined(torch.nn.Module):
     def forward(self, features):
         return self.said("", features)[""]
 
+    def whitened(self, features):
+        """What `joint` reads, in its whitened coordinates [N, D], float32."""
+        joint = self.components[COMPONENTS.index("joint")]
+        return joint.density.whitened(read(features, joint.reads)).float().numpy()
+
     def said(self, name, features):
         """{name: scores [N]}: the score's own, and its components' as name.component."""
         parts = [component(features) for component in self.components]

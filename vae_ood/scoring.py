@@ -25,6 +25,7 @@ from vae_ood.metrics import benjamini_hochberg, confident_rank, cross_bound, fal
 from vae_ood.parallel import agree, from_first
 
 BLOCK, BLOCK_BYTES = 4_000, 2**27  # images, and bytes of pixels at most, that are read and scored at once
+SET = 5  # things at least, of which is said whether as a set they look like the training data
 PRINTED, FIGURE, PAGE = 10, 16, 200  # the most outlying images that are listed, in outliers.png and in report.html
 
 
@@ -81,14 +82,15 @@ def blocks(source, shape):
 
 class Scored:
     """What is kept of the images that were scored: of all the p-values and scores, of the most and the least outlying
-    ones their rows, of at most COMPARED, drawn from all, their pixels and their distance to the training images."""
+    ones their rows, of at most COMPARED, drawn from all, their pixels, their distance to the training images and
+    what sets are compared by."""
 
     def __init__(self, detector, score, limit, number):
         """limit: the p-value up to which an image is flagged, or None where all are needed to say; `number` of images
         that will be scored."""
         self.detector, self.score, self.limit = detector, score, limit
         self.chosen = np.sort(np.random.default_rng(0).permutation(number)[:COMPARED])
-        self.p, self.distance, self.pixels, self.files = [], [], [], []
+        self.p, self.distance, self.views, self.pixels, self.files = [], [], [], [], []
         self.n = self.copies = self.known = 0
         self.known_p, self.most, self.least = [], [], []
 
@@ -103,6 +105,7 @@ class Scored:
         self.known_p.append(seen.p_value[seen.known])
         some = self.chosen[(self.chosen >= self.n) & (self.chosen < self.n + len(value))] - self.n
         self.distance.append(seen.distance[some])
+        self.views.append([None if view is None else view[some] for view in seen.views])
         self.pixels.append(images.pixels[torch.from_numpy(some)])
         self.files += [names[i] for i in some] if images.files else []
         self.n += len(value)
@@ -125,8 +128,9 @@ class Scored:
         self.least = sorted(self.least + rows(order[-FIGURE:]), key=outlying)[-FIGURE:]
 
     def sample(self):
-        """(`Images`, distance [N]) of those whose pixels are kept."""
-        return Images("some", torch.cat(self.pixels), files=self.files or None), np.concatenate(self.distance)
+        """(`Images`, distance [N], views [N, D] of each member or []) of those whose pixels are kept."""
+        views = [] if self.views[0][0] is None else [np.concatenate(parts) for parts in zip(*self.views, strict=True)]
+        return Images("some", torch.cat(self.pixels), files=self.files or None), np.concatenate(self.distance), views
 
 
 def score_images(detector, args, out):
@@ -239,10 +243,15 @@ def said_of_the_set(scored, p):
     if len(known):
         lines.append(f"{len(known):,} of {len(p):,} images show what training images show ({scored.copies:,} are "
                      f"copies), {(known <= scored.limit).sum():,} of them flagged: the rate is that of new things")
-    images, distance = scored.sample()
-    if detector.farther(detector.groups(images), distance) < 0.01:
+    images, distance, views = scored.sample()
+    groups = detector.groups(images)
+    if detector.farther(groups, distance) < 0.01:
         lines.append("these images lie farther from the training images than those that calibrate did: unless they are "
                      "outliers, they are of another kind, and the false-alarm rate is not assured for them")
+    if views and len(np.unique(groups)) >= SET:
+        p_set = detector.p_of_set(groups, views)
+        lines.append(f"as a set, these {len(p):,} images {'do not ' * (p_set < 0.05)}look like the training data: p = "
+                     f"{p_set:.3f} (a permutation test of {len(groups):,} of them)")
     return lines
 
 
