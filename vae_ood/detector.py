@@ -239,12 +239,17 @@ class Detector:
         """All that is `Seen` of `Images`, by one of the scores."""
         features, score = self.features(images, first), score or self.score
         said = [member.say(of) for member, of in zip(self.members, features, strict=True)]
-        components = {name.split(".")[1]: self.p_values(name, said) for name in said[0] if name.startswith(f"{score}.")}
-        least = np.argmin(list(components.values()) or np.zeros((1, len(images.pixels))), 0)
+        parts = [name for name in said[0] if name.startswith(f"{score}.")]
+        components = {name.split(".")[1]: self.p_values(name, said) for name in parts}
+        speaks = [score] * len(images.pixels)
+        if components:  # the smallest p-value speaks; of equal ones, beyond all that calibrate, the largest surprise
+            p = np.stack(list(components.values()))
+            surprise = np.mean([member.scores[score].surprises([of[name] for name in parts]).numpy()
+                                for member, of in zip(self.members, said, strict=True)], 0)
+            speaks = [list(components)[i] for i in np.where(p == p.min(0), surprise, -1).argmax(0)]
+        views = [member.viewed(of) for member, of in zip(self.members, features, strict=True)]
         return Seen({name: self.mean(name, said) for name in self.scores}, self.p_values(score, said), components,
-                    [(list(components) or [score])[i] for i in least],
-                    [member.viewed(of) for member, of in zip(self.members, features, strict=True)],
-                    *self.compare(images.pixels))
+                    speaks, views, *self.compare(images.pixels))
 
     def p_values(self, name, said):
         """The conformal p-values [N] of one of the scores, from what the members say."""

@@ -63,9 +63,12 @@ class Combined(torch.nn.Module):
     def said(self, name, features):
         """{name: scores [N]}: the score's own, and its components' as name.component."""
         parts = [component(features) for component in self.components]
-        surprises = [tail(torch.from_numpy(part)) for part, tail in zip(parts, self.tails, strict=True)]
-        return {name: torch.stack(surprises).norm(4, dim=0).numpy()} | {
+        return {name: self.surprises(parts).norm(4, dim=0).numpy()} | {
             f"{name}.{component}": part for component, part in zip(COMPONENTS, parts, strict=True)}
+
+    def surprises(self, parts):
+        """-log p [C, N] of the components' scores [C][N]."""
+        return torch.stack([tail(torch.from_numpy(part)) for part, tail in zip(parts, self.tails, strict=True)])
 
 
 def every_fifth(groups):
