@@ -44,7 +44,7 @@ def test_an_installed_detector_works_anywhere_beside_another_package_called_kern
     (site / "kernels").mkdir()
     (site / "kernels/__init__.py").write_text("THEIRS = 'theirs'")
     images = np.random.default_rng(0).integers(256, size=(120, 8, 8), dtype=np.uint8)
-    detector = Detector.fit(images, alpha=0.05, kappa=3, iters=20, groups=np.arange(120), device="cpu")
+    detector = Detector.fit(images, alpha=0.05, kappa=3, iters=2, groups=np.arange(120), device="cpu")
     detector.save(elsewhere / "detector.pt")
     np.save(elsewhere / "new.npy", images[:5])
     result = subprocess.run([sys.executable, "-c", SCRIPT], cwd=elsewhere, capture_output=True, text=True,
