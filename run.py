@@ -27,6 +27,13 @@ def add_data_arguments(parser):
     group.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="what is black and what is white "
                        "in own pictures and arrays of any kind (default: 0 and the most that the kind can hold, of "
                        "floats 0 and 1)")
+    group.add_argument("--size", type=sides, metavar="N|HxW", help="scale own pictures to NxN or HxW pixels (default: "
+                       "64x64 for a folder, unless all its pictures have one smaller size; arrays stay as they are)")
+    group.add_argument("--crop", choices=("centre", "pad", "stretch"), help="scale to cover --size and keep the centre "
+                       "(the default), to fit inside and repeat the edge, or the whole whatever its shape")
+    group.add_argument("--cache", metavar="DIR", help="keep the decoded own pictures in a file in this folder, not in "
+                       "memory (default: only if they would take more than half of it, in the folder cache beside "
+                       "--out)")
     group.add_argument("--dequantize", action="store_true", help="train and evaluate on (pixel + U[0, 1)) / 256")
     group = parser.add_argument_group("own pictures: which show one thing, and what is held out to calibrate")
     group.add_argument("--group-by", metavar="near|folder|REGEX|FILE.csv|none", help="pictures of one thing are those "
@@ -68,6 +75,14 @@ def add_training_arguments(parser):
     group.add_argument("--no-eval", action="store_true", help="train only")
 
 
+def sides(text):
+    """argparse type: [H, W] of 'N' or 'HxW'."""
+    found = [positive_int(side) for side in text.lower().split("x")]
+    if len(found) > 2:
+        raise argparse.ArgumentTypeError(f"{text} is neither N nor HxW")
+    return [found[0], found[-1]]
+
+
 def parse_args():
     """The arguments, complete: what the recipe says where a flag does not."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,9 +97,10 @@ def parse_args():
         except (ValueError, argparse.ArgumentTypeError):
             parser.error(f"--gamma {args.gamma}: give learn, optimal, homotopy or a variance above 0")
     own = args.data not in NAMED
-    if not own and (args.group_by or args.folds > 1):
-        parser.error(f"{'--group-by' if args.group_by else '--folds'}: {args.data} has a test part of its own; this is "
-                     "for own pictures")
+    flags = {"--group-by": args.group_by, "--folds": args.folds > 1, "--size": args.size, "--crop": args.crop,
+             "--cache": args.cache}
+    if not own and (given := [flag for flag, value in flags.items() if value]):
+        parser.error(f"{given[0]}: {args.data} has a test part and a size of its own; this is for own pictures")
     args.group_by = (args.group_by or "near") if own else None
     if args.range and (not own or not -math.inf < args.range[0] < args.range[1] < math.inf):
         parser.error("--range: give own pictures' LOW and HIGH, the smaller one first")
@@ -109,6 +125,8 @@ from vae_ood import UserError, checkpoint, evaluation
 from vae_ood.data import groups
 from vae_ood.cli import RANK, WORLD, pick_device
 from vae_ood.data import load
+from vae_ood.data.cache import read_own
+from vae_ood.data.own import AUTO
 from vae_ood.detector import Detector, Member, measure
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.training import CONFIG, train
@@ -155,7 +173,7 @@ def main(args):
             return
         if (out / "ckpt.pt").exists() if args.folds > 1 else any(out.glob("fold-*/ckpt.pt")):
             raise UserError(f"{out} already holds a run with{'out' * (args.folds > 1)} --folds: give another --out")
-        images = load(args.data, "all", skip_bad=args.skip_bad, levels=args.range)
+        images = read(args, out)
         names = groups.digests(images.pixels)
         labels = functools.cache(lambda: from_first(
             lambda: torch.from_numpy(groups.group(images, args.group_by))).numpy())
@@ -174,6 +192,23 @@ def main(args):
             member, config = train_and_evaluate(args, sets, split, place, device, images.files)
             members.append(member)
         save_detector(config, members, args, out)
+
+
+def read(args, out):
+    """`Images` of the own pictures, of the size that --size, a run that goes on, or the default says: --size, --crop
+    and --cache become what is so."""
+    kept = out / "fold-1" / "ckpt.pt" if args.folds > 1 else out / "ckpt.pt"
+    state, _ = from_first(lambda: checkpoint.load_newest(kept)) if args.resume else (None, [])
+    size, crop = args.size or AUTO, args.crop
+    if state:
+        size, crop = (state["config"].get(name) for name in ("size", "crop"))
+        if args.size not in (None, size) or (size and args.crop not in (None, crop)):
+            of = f"--size {'x'.join(map(str, size))} --crop {crop}" if size else "pictures as they are"
+            raise UserError(f"{kept} was trained with {of}: resume with the same flags, or give another --out")
+    forced, args.cache = bool(args.cache), str(Path(args.cache or out.parent / "cache").resolve())
+    images, args.size, args.crop = read_own(Path(args.data), args.cache, forced, size, crop, args.skip_bad, args.range,
+                                            show=True)
+    return images
 
 
 def save_detector(config, members, args, out):

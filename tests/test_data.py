@@ -498,11 +498,9 @@ def test_undecodable_picture(tmp_path):
     assert len(images.pixels) == 3 and images.notes == ["1 files left out: 1 undecodable"]
 
 
-def test_mixed_sizes_are_refused_for_training_and_converted_for_scoring(tmp_path):
+def test_pictures_of_any_size_are_converted(tmp_path):
     save_picture(tmp_path / "a.png", random_images(8, 8))
     save_picture(tmp_path / "b.png", random_images(10, 12))
-    with pytest.raises(UserError, match="differ in size"):
-        load(str(tmp_path), "all")
     images = load(str(tmp_path), "all", shape=(3, 6, 6))
     assert images.pixels.shape == (2, 3, 6, 6) and images.notes == ["converted from various sizes"]
     (tmp_path / "b.png").unlink()

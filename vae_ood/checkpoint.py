@@ -113,8 +113,8 @@ def resume(path, config, model, optimizer):
     if not state:
         return 0, 0.0, None
     for name, value in config.items():
-        if name == "images_digest" and name not in state["config"]:
-            continue  # a run from before there was one
+        if name == "cache" or (name == "images_digest" and name not in state["config"]):
+            continue  # determines nothing; a run from before there was one
         if name in ("images_crc32", "images_digest") and state["config"].get(name) != value:
             raise UserError(f"the training images have changed since {path} was written: give another --out")
         if state["config"].get(name) != value:

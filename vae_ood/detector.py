@@ -22,7 +22,7 @@ from vae_ood.cli import Progress, complete, pick_device
 from vae_ood.data.groups import group, parts, split_of
 from vae_ood.data.images import Images
 from vae_ood.data.likeness import Nearest, digests, farther, near, numbered
-from vae_ood.data.own import to_pixels
+from vae_ood.data.own import AUTO, sized, to_pixels
 from vae_ood.features import DECODED_OFTEN, Features, Part, decoded_means
 from vae_ood.likelihood import evaluate
 from vae_ood.metrics import benjamini_hochberg, conformal_p_values, set_p_value
@@ -169,20 +169,23 @@ class Detector:
                 and (not often or args.iw_samples == self.config["iw_samples"]))
 
     @classmethod
-    def fit(cls, images, alpha=1.0, kappa=32, recipe="fast", iters=None, groups=None, fpr=0.05, seed=0, device="auto"):
+    def fit(cls, images, alpha=1.0, kappa=32, recipe="fast", iters=None, groups=None, fpr=0.05, seed=0, device="auto",
+            size=AUTO, crop=None):
         """Train a VAE on images of ordinary things and fit the detector, as `run.py --data images` does.
 
-        `images` are as those that it scores, of one size. groups [N]: equal for images of one thing; by default what is
-        alike is one. fpr: the smallest false-alarm rate that will be asked for, which decides how many things are held
-        out to calibrate. Raises UserError where the images are too few.
+        `images` are as those that it scores. groups [N]: equal for images of one thing; by default what is alike is
+        one. fpr: the smallest false-alarm rate that will be asked for, which decides how many things are held out to
+        calibrate. size, N or (H, W), and crop, "centre", "pad" or "stretch": how images are scaled; by default a list
+        to 64x64, unless all have one smaller size, and an array not at all. Raises UserError for too few images.
         """
         args = SimpleNamespace(
             data="images", sprite_factors=4, skip_bad=False, dequantize=False, alpha=alpha, kappa=kappa, gamma=None,
             schedule=None, iters=iters, batch_size=64, lr=None, seed=seed, amp=False, recipe=recipe, compile=None,
-            checkpoint_seconds=math.inf, keep=1, keep_at=[], group_by="near", folds=1, range=None, max_images=None,
-            iw_samples=16)
+            checkpoint_seconds=math.inf, keep=1, keep_at=[], group_by="near", folds=1, range=None, cache=None,
+            max_images=None, iw_samples=16)
         complete(args)
-        own = Images("images", to_pixels(images))
+        pixels, args.size, args.crop = sized(images, [size, size] if isinstance(size, int) else size, crop)
+        own = Images("images", pixels)
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
             names, labels = digests(own.pixels), near(own.pixels, quiet=True) if groups is None else numbered(groups)
             split = split_of(own, names, labels, fpr)
@@ -219,7 +222,8 @@ class Detector:
 
     def images(self, images):
         """`Images` of the model's shape."""
-        return Images("images", to_pixels(images, self.config["shape"], self.config.get("range")))
+        return Images("images", to_pixels(images, self.config["shape"], self.config.get("range"),
+                                          self.config.get("crop")))
 
     def features(self, images, first=0):
         """[the `Features` by each member] of `Images`, the first of which is the `first` that is scored: noise, if a

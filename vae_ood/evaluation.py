@@ -2,7 +2,6 @@
 
 import json
 import math
-import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import NAMED, RANK, printable
 from vae_ood.data import PAIRS, load
+from vae_ood.data.cache import read_own
 from vae_ood.data.groups import parts
 from vae_ood.data.images import PRIOR, generator
 from vae_ood.data.likeness import set_digest
@@ -20,6 +20,7 @@ from vae_ood.detector import FIT_IMAGES, TRAIN_IMAGES, finite, measure
 from vae_ood.likelihood import bits_per_dim
 from vae_ood.metrics import detection, latent_spectrum, mmd
 from vae_ood.model import flops
+from vae_ood.parallel import crc32
 from vae_ood.scores import SCORES
 
 NO_CODE = "\N{EN DASH}"  # in place of bits per dimension
@@ -60,10 +61,11 @@ def load_inliers(config, args, split=None):
         if not Path(data).exists():
             raise UserError(f"the images that the model was trained on are not at {data} any more: say with --data "
                             "where they are")
-        images = load(data, "all", skip_bad=config["skip_bad"] or args.skip_bad, levels=config.get("range"))
+        images, _, _ = read_own(Path(data), config.get("cache"), False, config.get("size"), config.get("crop"),
+                                config["skip_bad"] or args.skip_bad, config.get("range"))
         sets = parts(images, split)
         sets.pop("validation", None)
-        if zlib.crc32(sets["train"].pixels.numpy()) != config.get("images_crc32"):
+        if crc32(sets["train"].pixels) != config.get("images_crc32"):
             raise UserError(f"the images in {data} are not those that the model was trained on (another checksum): "
                             "give them back, or train anew")
     for part, images in sets.items():
@@ -77,10 +79,10 @@ def trained_on(config, images):
     """Of an official set's training images, those that the model was trained on: all, in any order, or the first files
     where there were no others; else all, with a note."""
     wanted = config.get("images_crc32")
-    if wanted in (None, zlib.crc32(images.pixels.numpy())) or config.get("images_digest") == set_digest(images.pixels):
+    if wanted in (None, crc32(images.pixels)) or config.get("images_digest") == set_digest(images.pixels):
         return images
     for n in range(10_000, len(images.pixels), 10_000):  # CIFAR-10's files
-        if zlib.crc32(images.pixels[:n].numpy()) == wanted:
+        if crc32(images.pixels[:n]) == wanted:
             part = images.first(n)
             return replace(part, notes=[f"the first {n:,} of {len(images.pixels):,}, on which the model was trained"])
     images.notes.append("not the images that the model was trained on (another checksum)")
@@ -98,7 +100,7 @@ def limited(sets, args):
 def load_others(config, data, args):
     """Images of `data`, a name or a path, converted to the shape of the inliers."""
     return load(data, "all", args.data_root, config["shape"], config["sprite_factors"],
-                config["skip_bad"] or args.skip_bad, config.get("range"))
+                config["skip_bad"] or args.skip_bad, config.get("range"), config.get("crop"))
 
 
 def load_outliers(config, args, test):

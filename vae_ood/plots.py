@@ -10,7 +10,7 @@ import numpy as np
 
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import printable
-from vae_ood.data.own import SOFTWARE
+from vae_ood.data.decoding import SOFTWARE
 from vae_ood.metrics import ACTIVE_NATS, latent_spectrum
 
 METADATA = {"Software": SOFTWARE}  # by which these figures are known, and never read as data

@@ -67,15 +67,15 @@ def largest_rank(args, things, folds):
                     f"{more}")
 
 
-def blocks(source, shape):
-    """All images of what `open_own` gave, in blocks of `Images`; the next one is read while one is scored."""
+def blocks(source, shape, crop=None):
+    """All images of what `open_own` gave, by `convert`, in blocks of `Images`; one is read while the last is scored."""
     size = max(1, min(BLOCK, BLOCK_BYTES // math.prod(shape)))
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(source.read, slice(0, size), shape)
+        coming = reader.submit(source.read, slice(0, size), shape, crop)
         for start in range(size, len(source) + size, size):
             images = coming.result()
             if start < len(source):
-                coming = reader.submit(source.read, slice(start, start + size), shape)
+                coming = reader.submit(source.read, slice(start, start + size), shape, crop)
             if len(images.pixels):
                 yield images
 
@@ -160,7 +160,7 @@ def write_rows(source, scored, out):
     """Score all images of the source, `Scored`, and write scores.csv, at first as scores.part.csv row by row, which is
     kept where that ends early."""
     part, begun, bar = out / "scores.part.csv", time.monotonic(), Progress(len(source), label="image")
-    written = end = 0  # images whose rows are whole, and where these end
+    config, written, end = scored.detector.config, 0, 0  # images whose rows are whole, and where these end
 
     def kept():
         return f"the rows of {written:,} of {len(source):,} images are in {part}"
@@ -169,7 +169,7 @@ def write_rows(source, scored, out):
                   errors="surrogateescape") as file:  # names of any bytes
             writer = csv.writer(file, lineterminator="\n")
             try:
-                for images in blocks(source, scored.detector.config["shape"]):
+                for images in blocks(source, config["shape"], config.get("crop")):
                     agree({"score": images}, [])
                     columns = scored.add(images)
                     if not written:

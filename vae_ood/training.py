@@ -5,7 +5,6 @@ import json
 import math
 import signal
 import time
-import zlib
 from contextlib import nullcontext
 from threading import current_thread, main_thread
 
@@ -23,10 +22,11 @@ from vae_ood.kernels.reparameterize import reparameterize
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.model import VAE
-from vae_ood.parallel import any_worker, from_first, part, total
+from vae_ood.parallel import any_worker, crc32, from_first, part, total
 
 CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", "gamma", "schedule", "iters",
           "batch_size", "lr", "seed", "amp")  # what determines the result; a resumed run must agree in all of it
+OWN = ("group_by", "folds", "range", "size", "crop", "cache")  # of own pictures; the last one determines nothing
 LOG_EVERY = 50  # steps
 VALIDATED = 1_000  # images, a hundred times in a run: some twentieth of its time
 GAMMA_IMAGES = 10_000  # training images whose MSE is the gamma of a finished `optimal` or `homotopy` run
@@ -77,7 +77,7 @@ class Training:
     """
 
     def __init__(self, args, images, device):
-        self.args, self.images = args, images.to(device)
+        self.args, self.device, self.images = args, device, images.to(device)
         self.profiled = args.gamma in ("optimal", "homotopy")
         self.compiled = device.type == "cuda" if args.compile is None else args.compile
         torch.manual_seed(args.seed)
@@ -93,10 +93,10 @@ class Training:
 
     def batch(self, step):
         """This worker's x, uint8 or dequantised, and eps of a step."""
-        args, device, rows = self.args, self.images.device, part(self.args.batch_size)
+        args, device, rows = self.args, self.device, part(self.args.batch_size)
         rng = generator(args.seed, TRAINING, step)
         chosen = batch_indices(args.seed, step, args.batch_size, len(self.images))[rows]
-        x = self.images[torch.from_numpy(chosen).to(device)]
+        x = self.images[torch.from_numpy(chosen).to(self.images.device)].to(device)
         eps = rng.standard_normal((args.batch_size, args.kappa), np.float32)[rows]
         if args.dequantize:
             uniform = rng.random((args.batch_size, *x.shape[1:]), np.float32)[rows]
@@ -218,12 +218,14 @@ class Loop:
 
     def expect(self):
         """Say what the steps that are left will take."""
-        args, left, device = self.args, self.args.iters - self.step, self.run.images.device.type
+        args, left, device = self.args, self.args.iters - self.step, self.run.device.type
         expected = self.run.warm_up(self.step) * left
-        hint = "; --recipe fast needs a fraction of that" if device == "cpu" and args.recipe == "paper" else ""
+        where = f"{device} x {WORLD}" if WORLD > 1 else device
         print(f"{sum(p.numel() for p in self.run.model.parameters()):,} parameters, {len(self.run.images):,} training "
-              f"images, {left:,} steps of {args.batch_size} on {device}{f' x {WORLD}' if WORLD > 1 else ''}: about "
-              f"{duration(expected)}{hint}", flush=True)
+              f"images, {left:,} steps of {args.batch_size} on {where}: about {duration(expected)}", flush=True)
+        if expected > 3600:
+            ways = "a GPU, " * (device == "cpu") + "--recipe fast, " * (args.recipe == "paper")
+            print(f"shorter with {ways}a smaller {'--size, ' * bool(self.split)}--alpha or --iters", flush=True)
 
     def check(self):
         """UserError if one of the losses since the last check, or a parameter, is not finite."""
@@ -302,15 +304,13 @@ class Loop:
 def train(args, images, out, device, split=None, validation=None):
     """Train on uint8 images [N, C, H, W] to args.iters, checkpointing to `out`; returns (model, config).
 
-    With `validation` images [M, C, H, W] the model is that of the step that is best on them, also in best.pt. `split`,
-    own images' groups and parts, goes into the checkpoints. Raises KeyboardInterrupt after a signal, and UserError
-    where the loss is not finite; the checkpoint is good then.
+    With `validation` images [M, C, H, W] the model is that of the step that is best on them. `split` of own images goes
+    into the checkpoints. After a KeyboardInterrupt, or UserError where the loss is not finite, the checkpoint is good.
     """
     config = {name: getattr(args, name) for name in CONFIG} | {
-        "shape": list(images.shape[1:]), "images_crc32": zlib.crc32(images.numpy()),
-        "images_digest": set_digest(images)}
+        "shape": list(images.shape[1:]), "images_crc32": crc32(images), "images_digest": set_digest(images)}
     if split:
-        config |= {"group_by": args.group_by, "folds": args.folds, "range": args.range}
+        config |= {name: getattr(args, name) for name in OWN}
     run = Training(args, images, device)
     loop, signals = Loop(run, out, config, split, validation), []
     handlers = {s: signal.signal(s, lambda number, frame: signals.append(number))

@@ -26,7 +26,7 @@ class Arrays:
     files = None
 
     def __init__(self, path, levels=None):
-        self.name, self.levels, self.given, self.largest = str(path), levels, None, 0
+        self.path, self.name, self.levels, self.given, self.largest = path, str(path), levels, None, 0
         with refusing(path):
             loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # mmap checks the size that the header claims
             if isinstance(loaded, np.ndarray):
@@ -53,8 +53,17 @@ class Arrays:
     def __len__(self):
         return sum(map(len, self.arrays))
 
-    def read(self, rows, shape=None):
-        """`Images` of the slice `rows`, converted to `shape`, (C, H, W), where it is given. Raises UserError."""
+    def paths(self):
+        """Where the file is."""
+        return [self.path]
+
+    def headers(self, bar=None):
+        """({(h, w): how many}, the channels)."""
+        channels, *size = self.arrays[0].shape[1:]
+        return {tuple(size): len(self)}, channels
+
+    def read(self, rows, shape=None, crop=None):
+        """`Images` of the slice `rows`, by `convert` where there is a `shape`. Raises UserError."""
         start, stop, _ = rows.indices(len(self))
         pixels, first = [], 0
         with refusing(self.name):
@@ -65,7 +74,7 @@ class Arrays:
                 first += len(array)
         self.largest = max([self.largest] + [int(part.max()) for part in pixels])
         pixels = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-        return Images(self.name, convert(pixels, shape) if shape else pixels)
+        return Images(self.name, convert(pixels, shape, crop) if shape else pixels)
 
     def notes(self, shape=None):
         """What a reader would not expect of what was read so far, in lines."""

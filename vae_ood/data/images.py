@@ -18,7 +18,7 @@ class Images:
     the first are for training, where the file says so."""
 
     name: str
-    pixels: torch.Tensor
+    pixels: "torch.Tensor | Rows"
     notes: list[str] = field(default_factory=list)
     files: list[str] | None = None
     groups: np.ndarray | None = None
@@ -31,9 +31,36 @@ class Images:
     def take(self, rows):
         """Some of the images, by a slice or an array of indices."""
         files = self.files and (self.files[rows] if isinstance(rows, slice) else [self.files[i] for i in rows])
-        pixels = self.pixels[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
+        if isinstance(rows, slice):
+            pixels = self.pixels[rows]
+        else:
+            pixels = self.pixels.take(rows) if isinstance(self.pixels, Rows) else self.pixels[torch.from_numpy(rows)]
         return replace(self, pixels=pixels, files=files, groups=None if self.groups is None else self.groups[rows],
                        given=None)
+
+
+class Rows:
+    """Some images of a tensor [N, C, H, W] that is mapped from a file, maybe larger than the memory, in any order.
+    Indexed, it gives the tensor that a tensor of these images would, read then and there."""
+
+    def __init__(self, whole, index=None):
+        """index [n]: which ones (default: all)."""
+        self.whole, self.index = whole, torch.arange(len(whole)) if index is None else index
+        self.shape, self.device = torch.Size((len(self.index), *whole.shape[1:])), whole.device
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, rows):
+        return self.whole[self.index[rows]]
+
+    def to(self, device):
+        """Themselves: they stay where they are, and travel when they are read."""
+        return self
+
+    def take(self, rows):
+        """Some of them, by an array of indices, not read yet."""
+        return Rows(self.whole, self.index[torch.from_numpy(rows)])
 
 
 def generator(seed, stream, index=0):
@@ -59,25 +86,34 @@ def to_unit(pixels, uniform=None):
     return pixels.float() / 255 if uniform is None else (pixels.float() + uniform) / 256
 
 
-def convert(pixels, shape):
-    """uint8 [N, c, h, w] -> [N, *shape]: gray to RGB by repetition, RGB to gray by luma, centre crop to the aspect
-    ratio of `shape`, antialiased bilinear resize."""
-    channels, height, width = shape
-    if tuple(pixels.shape[1:]) == tuple(shape):
+def inside(h, w, height, width):
+    """(rows, columns) of a picture [h, w] that is scaled to fit into [height, width]."""
+    if h * width > w * height:
+        return height, max(1, round(w * height / h))
+    return max(1, round(h * width / w)), width
+
+
+def convert(pixels, shape, crop=None):
+    """uint8 [N, c, h, w] -> [N, *shape], or with the own c where `shape` begins with None: gray to RGB by repetition,
+    RGB to gray by luma, antialiased bilinear scaling. `crop`: "centre" (and None) scales to cover and keeps the centre,
+    "pad" scales to fit and repeats the edge, "stretch" takes the whole whatever its aspect ratio."""
+    channels, height, width = shape[0] or pixels.shape[1], *shape[1:]
+    if tuple(pixels.shape[1:]) == (channels, height, width):
         return pixels
     h, w = pixels.shape[2:]
-    if h * width > w * height:
-        crop = max(1, w * height // width)
-        pixels = pixels[:, :, (h - crop) // 2:(h - crop) // 2 + crop]
-    else:
-        crop = max(1, h * width // height)
-        pixels = pixels[:, :, :, (w - crop) // 2:(w - crop) // 2 + crop]
+    rows, columns = inside(h, w, height, width) if crop == "pad" else (height, width)
+    if crop in (None, "centre"):  # to the aspect ratio of `shape`
+        tall, wide = (max(1, w * height // width), w) if h * width > w * height else (h, max(1, h * width // height))
+        pixels = pixels[:, :, (h - tall) // 2:(h - tall) // 2 + tall, (w - wide) // 2:(w - wide) // 2 + wide]
+    top, left = (height - rows) // 2, (width - columns) // 2
     out = []
     for part in pixels.split(max(1, 2**25 // pixels[0].numel())):  # bounded float copies
         part = part.float()
         if part.shape[1] == 3 and channels == 1:
             part = (part * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-        if part.shape[2:] != (height, width):
-            part = F.interpolate(part, (height, width), mode="bilinear", antialias=True)
+        if part.shape[2:] != (rows, columns):
+            part = F.interpolate(part, (rows, columns), mode="bilinear", antialias=True)
+        if (rows, columns) != (height, width):
+            part = F.pad(part, (left, width - columns - left, top, height - rows - top), mode="replicate")
         out.append(part.round().clamp(0, 255).byte().expand(-1, channels, -1, -1))
     return torch.cat(out)

@@ -24,8 +24,8 @@ import torch
 from vae_ood import UserError
 from vae_ood.cli import lock
 from vae_ood.data.arrays import EXPANSION, reason
+from vae_ood.data.decoding import decode
 from vae_ood.data.images import Images, convert
-from vae_ood.data.own import decode
 
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -229,7 +229,7 @@ def celeba(folder, split):
         h, w = pixels.shape[1:]
         if (h, w) == (218, 178):
             pixels = pixels[:, 35:183, 15:163]
-        return convert(torch.from_numpy(pixels)[None], (3, 32, 32))
+        return convert(pixels[None], (3, 32, 32))
 
     with ThreadPoolExecutor() as pool:
         return Images(folder.name, torch.cat(list(pool.map(picture, chosen))), [note])

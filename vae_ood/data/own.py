@@ -1,107 +1,46 @@
-"""Own images: folders of pictures, single pictures, arrays. Nothing is unpickled."""
+"""Own images: folders of pictures, single pictures, arrays, and the size that they are brought to."""
 
-import io
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from vae_ood import UserError
-from vae_ood.data.arrays import Arrays, laid_out, to_levels, to_uint8
+from vae_ood.data.arrays import Arrays, laid_out, to_uint8
+from vae_ood.data.decoding import SMALL, Undecodable, decode, formats, header
 from vae_ood.data.images import Images, convert
 
-GROUND = 128  # the gray under what is transparent
 NOBODYS = {".ds_store", "thumbs.db", "desktop.ini"}  # the operating system's
-STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # formats that Pillow knows and does not decode itself
-SOFTWARE = "vae-ood"  # names the figures that this program writes, which are never read as data
+AUTO = "auto"  # the size of the default rule
+DONE = {"centre": "scaled and cropped", "pad": "scaled and padded", "stretch": "stretched"}  # by each --crop
 
 
-class Undecodable(UserError):
-    """A picture that cannot be decoded."""
+def rule_of(sizes, size=AUTO, crop=None):
+    """(size, [H, W], or None where pictures are taken as they are; crop, None then; the line that says what AUTO does,
+    or "") for pictures of `sizes` {(h, w): how many}. AUTO takes pictures of one size of at most SMALL on both sides as
+    they are, and scales others to SMALL x SMALL. Raises UserError."""
+    if size == AUTO and len(sizes) == 1:
+        (h, w), = sizes
+        size = None if max(h, w) <= SMALL else AUTO
+    if size is None and len(sizes) > 1:
+        raise UserError(f"the pictures are of {_span(sizes)}, and those that the model was trained on had one size: "
+                        "give these back, or train anew")
+    if size is None:
+        return None, None, ""
+    crop = crop or "centre"
+    if size != AUTO:
+        return list(size), crop, ""
+    return [SMALL, SMALL], crop, (f"{sum(sizes.values()):,} pictures of {_span(sizes)}{',' * (len(sizes) > 1)} are "
+                                  f"{DONE[crop]} to {SMALL}x{SMALL}: --size and --crop say otherwise")
 
 
-def _pillow():
-    try:
-        from PIL import Image
-    except ImportError:
-        raise UserError("reading pictures needs Pillow: pip install Pillow") from None
-    return Image
-
-
-def _formats():
-    """The extensions, in small letters, of the pictures that the installed Pillow decodes."""
-    image = _pillow()
-    known = image.registered_extensions()  # this imports its plugins
-    return {extension for extension, name in known.items() if name in image.OPEN and name not in STUBS}
-
-
-@dataclass
-class Picture:
-    """uint8 pixels [1 or 3, h, w], or None of a figure of ours; the frames of the file; whether something in it is
-    transparent; the largest level of 16-bit pixels; the size, [C, H, W], before conversion."""
-
-    pixels: np.ndarray | None
-    frames: int = 1
-    transparent: bool = False
-    highest: int | None = None
-    size: tuple | None = None
-
-
-def decode(source, name, levels=None):
-    """The Picture of a path or of bytes, as a viewer shows its first frame: 16 bits and floats in [0, 1] scaled,
-    upright by its EXIF data, transparent parts over GROUND. Undecodable names it where it cannot be decoded, and says
-    what it holds where that has no agreed black and white and `levels` gives none."""
-    image = _pillow()
-    from PIL import ImageOps
-    try:
-        with source.copy() if isinstance(source, image.Image) else image.open(
-                io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            if picture.info.get("Software") == SOFTWARE:
-                return Picture(None)
-            frames, tags = getattr(picture, "n_frames", 1), getattr(picture, "tag_v2", {})
-            signed, inverted = tags.get(339) == (2,), tags.get(262) == 0  # TIFF's SampleFormat and WhiteIsZero
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode[0] in "IF" or signed:
-                pixels = np.asarray(picture)
-                if picture.mode in ("I", "L") and tags:  # Pillow takes uint32 for int32, int8 for uint8
-                    pixels = pixels.astype({"I": np.int32, "L": np.int8}[picture.mode] if signed else np.uint32)
-                sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and not tags)  # PNG and PGM
-                one = _deep(pixels, name, frames, sixteen, levels)
-                if inverted:  # in 8 bits Pillow does so itself
-                    one.pixels = 255 - one.pixels
-                return one
-            transparent = False
-            gray = picture.mode in ("1", "L", "LA", "La")
-            if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
-                layers = picture.convert("RGBA")
-                transparent = layers.getextrema()[3][0] < 255
-                ground = image.new("RGBA", layers.size, (GROUND, GROUND, GROUND, 255))
-                picture = image.alpha_composite(ground, layers)
-            pixels = np.array(picture.convert("L" if gray else "RGB"))
-    except Undecodable:
-        raise
-    except Exception as error:  # Pillow raises nearly anything on a damaged file
-        raise Undecodable(f"cannot decode the picture {name} ({type(error).__name__}): replace or remove it") from None
-    pixels = pixels[None] if gray else pixels.transpose(2, 0, 1)
-    return Picture(pixels if levels is None else to_levels(pixels, levels), frames, transparent)
-
-
-def _deep(pixels, name, frames, sixteen, levels):
-    """The Picture of one channel [h, w] of more than 8 bits."""
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        raise Undecodable(f"the picture {name} holds NaN or infinite pixels: clean it first")
-    low, high = pixels.min(), pixels.max()
-    if levels is not None:
-        return Picture(to_levels(pixels, levels)[None], frames)
-    if sixteen and low >= 0 and high <= 65535:
-        return Picture(to_levels(pixels, (0, 65535))[None], frames, highest=int(high))
-    if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
-        return Picture(to_levels(pixels, (0, 1))[None], frames)
-    raise Undecodable(f"the picture {name} holds {pixels.dtype} from {low:,} to {high:,}: say with --range LOW HIGH "
-                       "what is black and what is white")
+def _span(sizes):
+    """The sizes {(h, w): ...} in words."""
+    ordered = [f"{h}x{w}" for h, w in sorted(sizes, key=lambda size: (size[0] * size[1], size))]
+    return " ".join(ordered) if len(ordered) < 2 else f"{len(ordered):,} sizes, {ordered[0]} to {ordered[-1]}"
 
 
 def _walk(folder):
@@ -109,7 +48,7 @@ def _walk(folder):
     UserError for a folder that cannot be read."""
     def refuse(error):
         raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}): allow it, or move it away")
-    formats, pictures, others, seen = _formats(), [], {}, {os.path.realpath(folder)}
+    known, pictures, others, seen = formats(), [], {}, {os.path.realpath(folder)}
     for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         real = {os.path.realpath(os.path.join(place, name)): name for name in sorted(folders, reverse=True)}
         folders[:] = sorted(name for path, name in real.items() if path not in seen)
@@ -118,7 +57,7 @@ def _walk(folder):
             kind = os.path.splitext(name)[1].lower()
             if name.startswith("._") or name.lower() in NOBODYS:
                 continue
-            if kind in formats and os.path.isfile(os.path.join(place, name)):
+            if kind in known and os.path.isfile(os.path.join(place, name)):
                 pictures.append(os.path.relpath(os.path.join(place, name), folder))
             else:
                 others[kind or "without extension"] = others.get(kind or "without extension", 0) + 1
@@ -143,26 +82,36 @@ class Pictures:
     def __len__(self):
         return len(self.files)
 
-    def _decode(self, name, shape):
+    def paths(self):
+        """Where the files are."""
+        return [self.root / name for name in self.files]
+
+    def headers(self, bar=None):
+        """({(h, w): how many}, the channels, 1 or 3) by the headers of all files, without decoding them."""
+        paths, sizes, channels = self.paths(), Counter(), 1
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(paths), 1000):
+                found = [one for one in pool.map(header, paths[start:start + 1000]) if one]
+                sizes.update((h, w) for _, h, w in found)
+                channels = max([channels] + [c for c, _, _ in found])
+                if bar:
+                    bar.update(min(start + 1000, len(paths)))
+        return sizes, channels
+
+    def _decode(self, name, shape, crop):
         try:
-            one = decode(self.root / name, os.path.join(self.root, name), self.levels)
+            return decode(self.root / name, os.path.join(self.root, name), self.levels, shape, crop)
         except Undecodable as error:
             if self.skip_bad:
                 return None
             raise UserError(f"{error}, or leave out all that cannot be decoded with --skip-bad") from None
-        if one.pixels is not None:
-            one.size = one.pixels.shape
-            one.pixels = torch.from_numpy(np.ascontiguousarray(one.pixels))
-            if shape:
-                one.pixels = convert(one.pixels[None], shape)[0]
-        return one
 
-    def read(self, rows, shape=None):
-        """`Images` of the slice `rows` of the files, less those that are left out, of one size or converted to `shape`,
-        (C, H, W). Raises UserError."""
+    def read(self, rows, shape, crop=None):
+        """`Images` of the slice `rows` of the files, less those that are left out, converted to `shape`, (C, H, W), or
+        (None, H, W) for colour where one of these is in colour. Raises UserError."""
         names = self.files[rows]
         with ThreadPoolExecutor() as pool:
-            decoded = list(pool.map(lambda name: self._decode(name, shape), names))
+            decoded = list(pool.map(lambda name: self._decode(name, shape, crop), names))
         good = [(name, one) for name, one in zip(names, decoded, strict=True) if one and one.pixels is not None]
         for kind, n in (("undecodable", decoded.count(None)), ("figures of vae-ood", len(names) - len(good)
                                                                - decoded.count(None))):
@@ -172,16 +121,7 @@ class Pictures:
         self.many += [one.frames for _, one in good if one.frames > 1]
         self.transparent += sum(one.transparent for _, one in good)
         self.highest = max((one.highest for _, one in good if one.highest is not None), default=self.highest)
-        if not good:
-            return Images(self.name, torch.empty(0, *(shape or (1, 1, 1)), dtype=torch.uint8), [], [])
-        (first_name, first), channels = good[0], max(one.pixels.shape[0] for _, one in good)
-        for name, one in good:
-            if one.pixels.shape[1:] != first.pixels.shape[1:]:
-                raise UserError(f"the pictures in {self.name} differ in size ({first_name} is "
-                                f"{first.pixels.shape[2]}x{first.pixels.shape[1]}, {name} is "
-                                f"{one.pixels.shape[2]}x{one.pixels.shape[1]}): resize them to one size first")
-        return Images(self.name, torch.stack([one.pixels.expand(channels, -1, -1) for _, one in good]), [],
-                      [name for name, _ in good])
+        return Images(self.name, stacked([one.pixels for _, one in good], shape), [], [name for name, _ in good])
 
     def notes(self, shape=None):
         """What a reader would not expect of what was read so far, in lines."""
@@ -204,24 +144,40 @@ def _listed(counts):
     return ", ".join(f"{n:,} {kind}" for kind, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def to_pixels(images, shape=None, levels=None):
+def stacked(pictures, shape):
+    """uint8 [N, *shape] of a list of [1 or 3, H, W], in colour where shape begins with None and one of them is."""
+    channels = shape[0] or max(map(len, pictures), default=1)
+    return torch.stack([one.expand(channels, -1, -1) for one in pictures]) if pictures else torch.empty(
+        0, channels, *shape[1:], dtype=torch.uint8)
+
+
+def to_pixels(images, shape=None, levels=None, crop=None):
     """uint8 [N, *shape] of images in a program's memory: uint8 or float [0, 1] arrays or tensors, [N, H, W, C],
-    [N, C, H, W] or [N, H, W], or a list of paths or of Pillow's pictures; without a shape they have one size. Raises
-    UserError."""
+    [N, C, H, W] or [N, H, W], or a list of paths or of Pillow's pictures, by `convert`. Raises UserError."""
     if isinstance(images, torch.Tensor):
         images = images.detach().cpu().numpy()
     if isinstance(images, np.ndarray):
         pixels = to_uint8(laid_out(images, "the array"), "the array", levels)
-        return convert(pixels, shape or pixels.shape[1:])
+        return convert(pixels, shape or pixels.shape[1:], crop)
     if isinstance(images, (str, Path)):
         raise UserError("give a list of paths, or an array of images")
-    decoded = [torch.from_numpy(np.ascontiguousarray(decode(one, str(one), levels).pixels))[None] for one in images]
+    decoded = [decode(one, str(one), levels, shape, crop).pixels for one in images]
     if not decoded:
         raise UserError("there are no images in the list")
-    if not shape and len({one.shape[2:] for one in decoded}) > 1:
-        raise UserError("the pictures differ in size: resize them to one size first")
-    shape = shape or (max(one.shape[1] for one in decoded), *decoded[0].shape[2:])
-    return torch.cat([convert(one, shape) for one in decoded])
+    return stacked(decoded, shape)
+
+
+def sized(images, size=AUTO, crop=None):
+    """(pixels [N, C, H, W] by `to_pixels`, size, crop) by `rule_of`; arrays stay as they are unless a size is given."""
+    images = images if hasattr(images, "shape") or isinstance(images, (str, Path)) else list(images)
+    if hasattr(images, "shape"):
+        size, crop, _ = rule_of({}, None if size == AUTO else size, crop)
+        shape = size
+    else:
+        sizes = Counter(one[1:] for one in map(header, images) if one)
+        size, crop, _ = rule_of(sizes, size, crop)
+        shape = size or next(iter(sizes))
+    return to_pixels(images, shape and (None, *shape), crop=crop), size, crop
 
 
 def open_own(path, skip_bad=False, levels=None):
@@ -229,17 +185,6 @@ def open_own(path, skip_bad=False, levels=None):
     `levels` (low, high) are mapped to 0 and 255, in pictures and arrays of every kind. Raises UserError."""
     if path.suffix.lower() in (".npy", ".npz") and not path.is_dir():
         return Arrays(path, levels)
-    if path.is_dir() or path.suffix.lower() in _formats():
+    if path.is_dir() or path.suffix.lower() in formats():
         return Pictures(path, skip_bad, levels)
     raise UserError(f"{path} is neither a folder of pictures, nor a picture, a .npy or a .npz file")
-
-
-def own_images(path, shape=None, skip_bad=False, levels=None):
-    """All images of `open_own`, of one size, or converted to `shape` one by one."""
-    source = open_own(path, skip_bad, levels)
-    images = source.read(slice(0, len(source)), shape)
-    if not len(images.pixels):
-        raise UserError(f"not one of the {len(source):,} pictures in {path} can be decoded")
-    images.notes += source.notes(shape)
-    images.given = source.given
-    return images
