@@ -19,16 +19,20 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from vae_ood import UserError
-from vae_ood.data import load, official
+from vae_ood.data import cache, decoding, load, official, own
+from vae_ood.data.cache import read_own
+from vae_ood.data.decoding import decode, header
 from vae_ood.data.groups import PARTS, checksum, parts
-from vae_ood.data.images import Images, convert, generator, to_unit
+from vae_ood.data.images import Images, Rows, convert, generator, to_unit
 from vae_ood.data.likeness import digests
 from vae_ood.data.official import fetch
+from vae_ood.data.own import open_own, to_pixels
 from vae_ood.data.synthetic import CORRUPTIONS, corrupt, render
+from vae_ood.parallel import crc32
 
 RNG = np.random.default_rng(0)
 
@@ -563,6 +567,185 @@ def test_what_is_no_data_set(tmp_path, name, message):
     (tmp_path / "text.txt").write_text("hello")
     with pytest.raises(UserError, match=message):
         load(name if name == "nothing-here" else str(tmp_path / name), "all")
+
+
+# ---- own pictures of any size
+
+def photograph(h, w, seed=0, gray=False):
+    """A smooth picture with a few hard edges."""
+    rng = np.random.default_rng(seed)
+    fine = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize((w, h), Image.BICUBIC)
+    fine.paste((250, 20, 20), (w // 3, h // 3, w // 2, h // 2))
+    return fine.convert("L") if gray else fine
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder of pictures of many sizes and kinds, large JPEGs among them."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name, h, w, options in (("landscape.jpg", 480, 640, {}), ("portrait.jpg", 900, 301, {}),
+                                ("rotated.jpg", 500, 333, {"exif": exif(6)}), ("small.png", 12, 640, {}),
+                                ("upside.jpg", 400, 700, {"exif": exif(3)}), ("turned.png", 40, 20, {"exif": exif(8)})):
+        photograph(h, w, len(name)).save(folder / name, **options)
+    photograph(333, 444, gray=True).save(folder / "gray.jpg")
+    return folder
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+@pytest.mark.parametrize(("h", "w"), [(48, 100), (91, 30), (12, 20), (24, 16), (60, 40)])
+def test_each_crop_is_that_of_pillow(h, w):
+    image, (rows, columns) = photograph(h, w), (24, 16)
+    pixels = torch.from_numpy(np.array(image).transpose(2, 0, 1))[None]
+    part, scale = min(h / rows, w / columns), max(h / rows, w / columns)
+    top, left = (h - rows * part) / 2, (w - columns * part) / 2
+    high, wide = max(1, round(h / scale)), max(1, round(w / scale))
+    above, before = (rows - high) // 2, (columns - wide) // 2
+    expected = {
+        "centre": image.crop((left, top, w - left, h - top)).resize((columns, rows), Image.BILINEAR),
+        "pad": np.pad(image.resize((wide, high), Image.BILINEAR), (
+            (above, rows - high - above), (before, columns - wide - before), (0, 0)), mode="edge"),
+        "stretch": image.resize((columns, rows), Image.BILINEAR)}
+    for crop, one in expected.items():
+        difference = abs(convert(pixels, (3, rows, columns), crop)[0].numpy().transpose(1, 2, 0) - np.array(one, float))
+        assert difference.max() <= 1, crop
+    assert torch.equal(convert(pixels, (3, rows, columns)), convert(pixels, (3, rows, columns), "centre"))
+
+
+@pytest.mark.parametrize("crop", ["centre", "pad", "stretch"])
+def test_a_picture_alone_has_the_pixels_that_it_has_in_its_folder(mixed, crop):
+    images, size, rule = read_own(mixed, size=(48, 32), crop=crop)
+    assert (size, rule) == ([48, 32], crop) and images.pixels.shape == (7, 3, 48, 32)
+    alone = [to_pixels([mixed / name], (3, 48, 32), crop=crop) for name in images.files]
+    one_by_one = [open_own(mixed / name).read(slice(0, 1), (3, 48, 32), crop).pixels for name in images.files]
+    assert torch.equal(torch.cat(alone), images.pixels) and torch.equal(torch.cat(one_by_one), images.pixels)
+    gray = images.pixels[images.files.index("gray.jpg")]
+    assert torch.equal(gray[0], gray[1]) and torch.equal(gray[0], gray[2])
+    upright = ImageOps.exif_transpose(Image.open(mixed / "rotated.jpg"))
+    shown = convert(torch.from_numpy(np.array(upright).transpose(2, 0, 1))[None], (3, 48, 32), crop)[0].float()
+    assert upright.size == (500, 333)
+    assert (images.pixels[images.files.index("rotated.jpg")].float() - shown).abs().mean() < 1.5
+
+
+def test_a_jpeg_that_is_decoded_small_has_nearly_the_same_pixels(mixed, monkeypatch):
+    def both(crop, size):
+        small = read_own(mixed, size=size, crop=crop)[0].pixels.float()
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "_drafted", lambda *picture: drawn.append(picture[0].size))
+            return small, read_own(mixed, size=size, crop=crop)[0].pixels.float()
+    for crop, size in (("centre", (64, 64)), ("pad", (40, 72)), ("stretch", (30, 90))):
+        drawn = []
+        small, full = both(crop, size)
+        difference = (small - full).abs()
+        assert len(drawn) == 5 and 0 < difference.mean() < 1 and difference.quantile(0.99) <= 8, crop
+    with Image.open(mixed / "rotated.jpg") as picture:  # 500 x 333, shown as 333 x 500
+        assert decoding._drafted(picture, (3, 64, 64), "centre") == (333, 500) and picture.size == (167, 250)
+    with Image.open(mixed / "rotated.jpg") as picture:
+        assert decoding._drafted(picture, (3, 20, 250), "stretch") == (333, 500) and picture.size == (333, 500)
+
+
+def test_headers_tell_the_size_that_is_shown(mixed):
+    for file in mixed.iterdir():
+        assert header(file) == decode(file, file.name).size
+        with Image.open(file) as picture:
+            assert header(picture) == decode(picture, file.name).size
+    put(mixed / "broken.jpg", b"no picture")
+    assert header(mixed / "broken.jpg") is None
+
+
+def test_the_default_size(mixed, tmp_path, capsys):
+    _, size, crop = read_own(mixed, show=True)
+    assert (size, crop) == ([64, 64], "centre")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "7 pictures of 7 sizes, 20x40 to 480x640, are scaled and cropped to 64x64: " + (
+        "--size and --crop say otherwise")
+    assert said[-1] == "7 pictures of 3x64x64: 86 kB in memory"
+    for i in range(3):
+        save_picture(tmp_path / "small" / f"{i}.png", random_images(64, 33))
+        save_picture(tmp_path / "large" / f"{i}.png", random_images(65, 33))
+    images, *rule = read_own(tmp_path / "small", crop="pad", show=True)
+    assert rule == [None, None] and images.pixels.shape == (3, 1, 64, 33)
+    assert "scaled" not in capsys.readouterr().out
+    assert read_own(tmp_path / "large", crop="pad", show=True)[1:] == ([64, 64], "pad")
+    assert "3 pictures of 65x33 are scaled and padded to 64x64" in capsys.readouterr().out
+    assert read_own(tmp_path / "large", size=None)[0].pixels.shape == (3, 1, 65, 33)  # as older runs took them
+    with pytest.raises(UserError, match="7 sizes, 20x40 to 480x640, and those that the model was trained on had one"):
+        read_own(mixed, size=None)
+    np.save(tmp_path / "a.npy", random_images(4, 70, 90))
+    assert read_own(tmp_path / "a.npy")[0].pixels.shape == (4, 1, 70, 90)
+    images, *rule = read_own(tmp_path / "a.npy", size=(20, 10))
+    assert images.pixels.shape == (4, 1, 20, 10) and rule == [[20, 10], "centre"]
+
+
+def test_headers_that_are_wrong_about_colour(mixed, monkeypatch):
+    expected = read_own(mixed)[0].pixels
+    monkeypatch.setattr(own, "header", lambda file: (1, 9, 9))
+    assert torch.equal(read_own(mixed, size=(64, 64))[0].pixels, expected)
+    for file in set(mixed.iterdir()) - {mixed / "gray.jpg"}:
+        file.unlink()
+    monkeypatch.setattr(own, "header", lambda file: (3, 9, 9))
+    assert read_own(mixed, size=(64, 64))[0].pixels.shape == (1, 1, 64, 64)
+
+
+def test_pictures_are_decoded_once_and_runs_share_the_file(mixed, tmp_path, monkeypatch):
+    put(mixed / "broken.png", b"no picture")
+    expected, *_ = read_own(mixed, skip_bad=True)
+    first, *rule = read_own(mixed, tmp_path / "cache", True, skip_bad=True)
+    assert isinstance(first.pixels, Rows) and len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr(own, "decode", None)
+    again, *same = read_own(mixed, tmp_path / "cache", skip_bad=True)
+    explicit, *_ = read_own(mixed, tmp_path / "cache", False, *rule, skip_bad=True)
+    assert rule == same == [[64, 64], "centre"]
+    for images in (first, again, explicit):
+        assert isinstance(images.pixels, Rows) and torch.equal(images.pixels[:], expected.pixels)
+        assert images.files == expected.files and images.notes == expected.notes == ["1 files left out: 1 undecodable"]
+    some = again.take(np.array([4, 0, 2]))
+    assert isinstance(some.pixels, Rows) and torch.equal(some.pixels[:], expected.pixels[[4, 0, 2]])
+    assert torch.equal(some.pixels[torch.tensor([2, 1])], expected.pixels[[2, 0]])
+    assert digests(some.pixels) == digests(expected.pixels[[4, 0, 2]])
+    assert crc32(some.pixels) == crc32(some.first(3).pixels) and isinstance(some.first(2).pixels, torch.Tensor)
+
+
+def test_a_file_that_does_not_fit_is_written_anew(mixed, tmp_path):
+    cache = tmp_path / "cache"
+    expected = read_own(mixed, cache, True)[0].first(7)  # read now: the file will change
+    file, = cache.glob("*.npy")
+    whole, record = file.read_bytes(), file.with_suffix(".json").read_bytes()
+
+    def flipped():
+        return whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:]
+    for content, said in ((whole[:-5], record), (b"", record), (flipped(), record), (whole, b""), (whole, b"[]"),
+                          (whole, record[:-40]), (npy((10**9, 3, 8, 8)), record),
+                          (whole.replace(b"|u1", b"|i1"), record), (whole, record.replace(b"[7, 3", b"[6, 3"))):
+        file.write_bytes(content)
+        file.with_suffix(".json").write_bytes(said)
+        assert torch.equal(read_own(mixed, cache, True)[0].pixels[:], expected.pixels)
+        assert (file.read_bytes(), file.with_suffix(".json").read_bytes()) == (whole, record)
+    photograph(480, 640, 99).save(mixed / "landscape.jpg")
+    changed, *_ = read_own(mixed, cache, True)
+    assert len(list(cache.glob("*.npy"))) == 2 and not torch.equal(changed.pixels[:], expected.pixels)
+    assert torch.equal(changed.pixels[:], read_own(mixed)[0].pixels)
+    os.utime(mixed / "landscape.jpg", (1, 1))
+    read_own(mixed, cache, True)
+    assert len(list(cache.glob("*.npy"))) == 3 and not list(cache.glob("*.part"))
+    for size, crop in (((32, 32), None), ((64, 64), "pad")):
+        assert read_own(mixed, cache, True, size, crop)[0].pixels[:].shape[2:] == size
+    with pytest.raises(UserError, match=r"cannot write .*choose another place with --cache"):
+        read_own(mixed, mixed / "gray.jpg" / "x", True)
+
+
+def test_pictures_that_would_take_half_of_the_memory_go_to_the_file(mixed, tmp_path, monkeypatch):
+    for free, kind in ((2 * 7 * 3 * 64 * 64, torch.Tensor), (2 * 7 * 3 * 64 * 64 - 1, Rows)):
+        monkeypatch.setattr(cache, "free_memory", lambda free=free: free)
+        assert isinstance(read_own(mixed, tmp_path / "cache")[0].pixels, kind)
+    assert isinstance(read_own(mixed)[0].pixels, torch.Tensor)  # no folder
+    monkeypatch.undo()
+    assert 2**26 < cache.free_memory() < 2**50
 
 
 # ---- conversion, sprites, random numbers

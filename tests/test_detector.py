@@ -18,6 +18,7 @@ import vae_ood
 from tests.conftest import ROOT
 from vae_ood import UserError
 from vae_ood.data.images import Images, convert
+from vae_ood.data.own import sized
 from vae_ood.detector import WORDS, Detector, Member
 from vae_ood.metrics import benjamini_hochberg, conformal_p_values
 from vae_ood.model import VAE
@@ -214,6 +215,23 @@ def test_fit_trains_as_the_command_does(tmp_path, capsys):
     np.testing.assert_array_equal(again.p_value(pictures(5, 3)), found.p_value(pictures(5, 3)))
     with pytest.raises(UserError, match="three are needed"):
         Detector.fit(pictures(5), groups=[0, 0, 1, 1, 1])
+
+
+def test_fit_takes_pictures_of_any_size(tmp_path):
+    paths = [tmp_path / f"{i}.jpg" for i in range(60)]
+    for i, (path, one) in enumerate(zip(paths, pictures(60).permute(0, 2, 3, 1).numpy(), strict=True)):
+        Image.fromarray(one).resize((300, 140 + i)).save(path)
+    found = Detector.fit(paths, alpha=0.05, kappa=3, iters=2, groups=np.arange(60), device="cpu", size=(16, 12),
+                         crop="stretch")
+    assert (found.config["size"], found.config["crop"], found.config["shape"]) == ([16, 12], "stretch", [3, 16, 12])
+    together = found.images(paths).pixels
+    assert torch.equal(torch.cat([found.images([path]).pixels for path in paths[:5]]), together[:5])
+    assert found.compare(together)[1].sum() == 35  # all that trained are copies, bit for bit
+    array = pictures(3)
+    small = [Image.fromarray(one) for one in array.permute(0, 2, 3, 1).numpy()]
+    for images, size, shape in ((paths[:3], [64, 64], (64, 64)), (small, None, (16, 12)), (array, None, (16, 12))):
+        pixels, rule, _ = sized(images)
+        assert (rule, pixels.shape[2:]) == (size, shape)
 
 
 def test_a_set_that_is_unlike_the_training_data_is_seen(detector):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import run
 from tests.conftest import ROOT
@@ -142,6 +143,19 @@ def test_workers_need_an_image_of_each_step(monkeypatch):
 
 
 @pytest.mark.slow
+def test_workers_share_one_file_of_pictures(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 20, 30, 3), np.uint8)
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[:20 - i % 3]).save(tmp_path / "photos" / f"{i}.png")
+    arguments = (*SMALL, "--data", tmp_path / "photos", "--group-by", "none", "--no-eval", "--iters", 20, "--size", 16)
+    output = finished(torchrun(2, *arguments, "--cache", tmp_path / "cache", "--out", tmp_path / "two"))
+    file, = (tmp_path / "cache").glob("*.npy")
+    assert f"40 pictures of 3x16x16: 31 kB in {file}" in output and len(list((tmp_path / "cache").iterdir())) == 2
+    finished(torchrun(2, *arguments, "--out", tmp_path / "memory"))
+    assert same_parameters(tmp_path / "two", tmp_path / "memory")
+
+
 def test_restarts_do_not_go_on_with_a_run_of_another_launch(one_worker):
     process = torchrun(1, *SMALL, "--iters", 200, "--dequantize", "--no-eval", "--out", one_worker, max_restarts=1)
     output, _ = process.communicate(timeout=100)

@@ -11,7 +11,7 @@ import torch
 
 from vae_ood import UserError, checkpoint, detector, evaluation, training
 from vae_ood.bench import plain_loss
-from vae_ood.data.images import Images, batch_indices, to_unit
+from vae_ood.data.images import Images, Rows, batch_indices, to_unit
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES
 
@@ -121,10 +121,38 @@ def test_twenty_steps_are_those_of_the_plain_formulation(gamma):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+def options(**more):
+    return SimpleNamespace(**{
+        "data": "x", "sprite_factors": 4, "skip_bad": False, "dequantize": False, "alpha": 0.1, "kappa": 2,
+        "gamma": "optimal", "schedule": "constant", "batch_size": 4, "lr": 1e-3, "seed": 0, "amp": False,
+        "compile": False, "checkpoint_seconds": 60, "keep": 1, "keep_at": [], "recipe": "fast"} | more)
+
+
+def test_images_that_are_mapped_from_a_file_train_alike(tmp_path):
+    images, results = torch.randint(256, (40, *SHAPE), dtype=torch.uint8), []
+    order = torch.randperm(40)
+    for some in (images[order], Rows(images, order)):
+        args = options(iters=5)
+        model, config = training.train(args, some, tmp_path, torch.device("cpu"), None, some)
+        results.append((model.state_dict(), config))
+        (tmp_path / "ckpt.pt").unlink()
+    (ours, config), (theirs, other) = results
+    assert config == other and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_training_of_hours_says_what_makes_it_shorter(tmp_path, monkeypatch, capsys):
+    args = options(iters=1, recipe="paper")
+    for seconds, said in ((3600, 0), (3601, 1)):
+        monkeypatch.setattr(training.Training, "warm_up", lambda run, step, seconds=seconds: seconds)
+        (tmp_path / str(said)).mkdir()
+        training.train(args, torch.randint(256, (20, *SHAPE), dtype=torch.uint8), tmp_path / str(said),
+                       torch.device("cpu"))
+        lines = capsys.readouterr().out.splitlines()
+        assert ("shorter with a GPU, --recipe fast, a smaller --alpha or --iters" in lines) == bool(said)
+
+
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    args = SimpleNamespace(data="x", sprite_factors=4, skip_bad=False, dequantize=False, alpha=0.1, kappa=2,
-                           gamma="optimal", schedule="constant", iters=200, batch_size=4, lr=1e-3, seed=0, amp=False,
-                           compile=False, checkpoint_seconds=0, keep=1, keep_at=[], recipe="fast")
+    args = options(iters=200, checkpoint_seconds=0)
     images = torch.randint(256, (20, *SHAPE), dtype=torch.uint8)
     monkeypatch.setattr(training, "learning_rate", lambda step, args: 1e-3 if step < 60 else math.inf)
     with pytest.raises(UserError, match=r"training diverged: .* at step 61; .*ckpt\.pt keeps the last good state"):

@@ -523,7 +523,7 @@ def test_own_data_end_to_end(command, tmp_path):
     np.save(tmp_path / "mine.npy", load("sprites", "test").pixels[:200, 0, ::2, ::2])
     result = command(*TINY, "--data", tmp_path / "mine.npy", "--recipe", "fast", "--iters", 20, "--out", tmp_path / "r",
                      "--dequantize", "--amp", "--iw-samples", 1)
-    assert re.match(r"200 pictures show about (19\d|200) things: (19|20) whole things", result.stdout)
+    assert re.search(r"^200 pictures show about (19\d|200) things: (19|20) whole things", result.stdout, re.MULTILINE)
     assert "noise" in result.stdout and "constant" in result.stdout
 
 
@@ -550,10 +550,39 @@ def own_run(command, tmp_path_factory):
     return place / "photos", place / "run", result.stdout
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A folder of 60 pictures of as many sizes, portrait and landscape, some gray."""
+    folder, rng = tmp_path_factory.mktemp("mixed") / "photos", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(60):
+        fine = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize((30 + 4 * i, 150), Image.BICUBIC)
+        fine.convert("L" if i % 9 == 0 else "RGB").save(folder / f"{i}.jpg")
+    return folder
+
+
+def test_pictures_of_any_size(mixed, command, tmp_path):
+    run = (*OWN, mixed, "--group-by", "none", "--iters", 2, "--out", tmp_path / "run", "--crop", "pad", "--cache",
+           tmp_path / "cache")
+    stdout = command(*run).stdout
+    assert "60 pictures of 60 sizes, 150x30 to 150x266, are scaled and padded to 64x64: --size and" in stdout
+    assert re.search(r"^read 60/60 ", stdout, re.MULTILINE)
+    file, = (tmp_path / "cache").glob("*.npy")
+    assert f"60 pictures of 3x64x64: 737 kB in {file}" in stdout
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["size"], config["crop"], config["shape"]) == ([64, 64], "pad", [3, 64, 64])
+    assert refused(command(*run, "--resume", "--size", 32, check=False), "--size 64x64 --crop pad", "another --out")
+    again = command("eval.py", "--ckpt", tmp_path / "run", "--fit", "--score", mixed, "--out", tmp_path / "s")
+    assert "read " not in again.stdout and "(35 are copies)" in again.stdout  # all that trained, bit for bit
+    file.unlink()
+    resumed = command(*run[:-4], "--resume").stdout
+    assert "resuming" in resumed and "737 kB in memory" in resumed  # the same rule, without the flags
+
+
 def test_pictures_of_one_thing_stay_in_one_part(own_run, command, tmp_path):
     photos, out, stdout = own_run
-    assert stdout.startswith("240 pictures show about 60 things: 19 whole things (76 pictures) are held out to "
-                             "calibrate, 6 (24) to validate\n")
+    assert ("240 pictures show about 60 things: 19 whole things (76 pictures) are held out to calibrate, 6 (24) to "
+            "validate\n") in stdout
     found = {}
     for row in rows(out / "groups.csv"):
         found.setdefault(row["file"].split("/")[0], set()).add((row["group"], row["part"]))

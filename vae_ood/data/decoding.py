@@ -101,7 +101,7 @@ def decode(source, name, levels=None, shape=None, crop=None):
     one.size = (len(pixels), *(size or pixels.shape[1:]))
     one.pixels = torch.from_numpy(np.ascontiguousarray(pixels))
     if shape:
-        one.pixels = convert(one.pixels[None], shape, crop)[0]
+        one.pixels = convert(one.pixels[None], shape, crop, size)[0]
     return one
 
 

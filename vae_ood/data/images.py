@@ -93,15 +93,16 @@ def inside(h, w, height, width):
     return max(1, round(h * width / w)), width
 
 
-def convert(pixels, shape, crop=None):
+def convert(pixels, shape, crop=None, of=None):
     """uint8 [N, c, h, w] -> [N, *shape], or with the own c where `shape` begins with None: gray to RGB by repetition,
     RGB to gray by luma, antialiased bilinear scaling. `crop`: "centre" (and None) scales to cover and keeps the centre,
-    "pad" scales to fit and repeats the edge, "stretch" takes the whole whatever its aspect ratio."""
+    "pad" scales to fit and repeats the edge, "stretch" takes the whole whatever its aspect ratio. `of`: (h, w) of the
+    picture that was decoded at a fraction of its size, which has its aspect ratio up to a pixel only."""
     channels, height, width = shape[0] or pixels.shape[1], *shape[1:]
     if tuple(pixels.shape[1:]) == (channels, height, width):
         return pixels
     h, w = pixels.shape[2:]
-    rows, columns = inside(h, w, height, width) if crop == "pad" else (height, width)
+    rows, columns = inside(*of or (h, w), height, width) if crop == "pad" else (height, width)
     if crop in (None, "centre"):  # to the aspect ratio of `shape`
         tall, wide = (max(1, w * height // width), w) if h * width > w * height else (h, max(1, h * width // height))
         pixels = pixels[:, :, (h - tall) // 2:(h - tall) // 2 + tall, (w - wide) // 2:(w - wide) // 2 + wide]
