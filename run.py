@@ -109,7 +109,8 @@ from vae_ood import UserError, checkpoint, evaluation
 from vae_ood.data import groups
 from vae_ood.cli import RANK, WORLD, pick_device
 from vae_ood.data import load
-from vae_ood.detector import Detector, Member, measure
+from vae_ood.detector import Detector
+from vae_ood.member import Member, measure
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.training import CONFIG, train
 

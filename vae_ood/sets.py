@@ -2,7 +2,7 @@
 
     python -m vae_ood.sets --data-root DIR
 
-Takes the kept CIFAR-10 model of alpha = 1/4, fits the detector and draws sets at random. The figures are kept in
+Takes the kept CIFAR-10 model of alpha = 1/4, fits the scores and draws sets at random. The figures are kept in
 results/sets.json; where that is there, the page alone is written.
 """
 
@@ -16,9 +16,9 @@ import numpy as np
 from vae_ood import checkpoint
 from vae_ood.cli import Parser, Progress, one_line_errors, pick_device
 from vae_ood.data import load
-from vae_ood.data.images import Images
 from vae_ood.data.synthetic import CORRUPTIONS, corrupt
-from vae_ood.detector import COMPARED, FIT_IMAGES, Detector, Member, measure
+from vae_ood.member import COMPARED, FIT_IMAGES, Member, measure
+from vae_ood.metrics import set_p_value
 from vae_ood.plots import markdown
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -30,31 +30,28 @@ LEVELS = (0.05, 0.01)
 
 
 def views(args):
-    """(the fitted detector, {set: what sets are compared by [N, D]}): CIFAR-10's test images that do not calibrate,
-    and outliers, those made of the same test images among them."""
+    """{set: what sets are compared by [N, D]}: CIFAR-10's test images, and outliers, some made of these."""
     model, config, _ = checkpoint.load_model(RESULTS / MODEL / "ckpt.pt", pick_device("auto"))
     settings = SimpleNamespace(max_images=None, iw_samples=1)
     train, test = (load("cifar10", part, args.data_root) for part in ("train", "test"))
-    rest = Images("test", test.pixels[COMPARED:])
-    sets = {"train": train.first(FIT_IMAGES), "test": test.first(COMPARED)}
-    detector = Detector.of(config, [Member.fit(model, config, sets, ["default"], settings)], settings)
-    new = {"test": rest} | {name: corrupt(rest, name) if name in CORRUPTIONS else
+    member = Member.fit(model, config, {"train": train.first(FIT_IMAGES), "test": test}, ["default"], settings)
+    new = {"test": test} | {name: corrupt(test, name) if name in CORRUPTIONS else
                             load(name, "test", args.data_root, config["shape"]) for name in OUTLIERS}
-    member = detector.members[0]
-    return detector, {name: member.viewed(measure(model, config, images, settings)) for name, images in new.items()}
+    return {name: member.viewed(measure(model, config, images, settings)) for name, images in new.items()}
 
 
-def draw(detector, views, sizes=SIZES, ordinary=ORDINARY, unlike=UNLIKE):
-    """{set: {size: p-values}} of sets of single pictures, drawn at random without repetition."""
-    found, bar = {}, Progress(len(sizes) * (ordinary + unlike * (len(views) - 1)), label="set")
-    done = 0
+def draw(views, sizes=SIZES, ordinary=ORDINARY, unlike=UNLIKE, calibrating=COMPARED):
+    """{set: {size: p-values}} of sets of single pictures at random, each against test images drawn anew."""
+    found, bar, done = {}, Progress(len(sizes) * (ordinary + unlike * (len(views) - 1)), label="set"), 0
     for name, rows in views.items():
-        found[name] = {}
+        found[name] = {size: [] for size in sizes}
         for size in sizes:
-            found[name][size] = []
             for i in range(ordinary if name == "test" else unlike):
-                chosen = np.random.default_rng([size, i]).permutation(len(rows))[:size]
-                found[name][size].append(detector.p_of_set(np.arange(size), [rows[chosen]]))
+                rng = np.random.default_rng([size, i])
+                known, rest = np.split(rng.permutation(len(views["test"])), [calibrating])
+                new = (rest if name == "test" or name in CORRUPTIONS else rng.permutation(len(rows)))[:size]
+                found[name][size].append(set_p_value(
+                    np.arange(size), (views["test"][known], np.arange(calibrating), rows[new])))
                 bar.update(done := done + 1)
     bar.close()
     return found
@@ -70,10 +67,11 @@ def page(numbers):
     return "\n".join([
         "# Is a set of pictures like the training data?", "",
         "Written by `python -m vae_ood.sets` from [sets.json](sets.json). A model of CIFAR-10 (alpha = 1/4, 10,000 "
-        f"steps, one seed); {COMPARED:,} test images calibrate. Each figure is the share of sets, in %, that the "
-        "permutation test of `eval.py --score` calls unlike at p ≤ 5% / p ≤ 1%. Sets are drawn at random from the "
-        f"other test images ({numbers['ordinary']} sets of a size: these are false alarms) and from each outlier set "
-        f"({numbers['unlike']} sets). Faded and patched images are spoilt test images.", "",
+        f"steps, one seed). Each figure is the share of sets, in %, that the permutation test of `eval.py --score` "
+        f"calls unlike {COMPARED:,} calibrating test images at p ≤ 5% / p ≤ 1%. For every set those are drawn anew. "
+        f"Ordinary sets come from the other test images ({numbers['ordinary']} sets of a size: these are false "
+        f"alarms), {numbers['unlike']} sets of a size from each outlier set. Faded and patched images are spoilt test "
+        "images that do not calibrate.", "",
         *markdown(["set", *(f"{size} pictures" for size in sizes)],
                   [[names.get(name, name), *(share(of[size]) for size in sizes)] for name, of in numbers["p"].items()]),
         ""])
@@ -85,7 +83,7 @@ def main():
     parser.add_argument("--data-root", metavar="DIR", help="that of run.py")
     args, path = parser.parse_args(), RESULTS / "sets.json"
     if not path.exists():
-        p = draw(*views(args))
+        p = draw(views(args))
         checkpoint.write_atomic(path, (json.dumps({"ordinary": ORDINARY, "unlike": UNLIKE, "p": p}) + "\n").encode())
     checkpoint.write_atomic(RESULTS / "sets.md", page(json.loads(path.read_text())).encode())
     print(f"written to {RESULTS / 'sets.md'}")

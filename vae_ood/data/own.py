@@ -171,7 +171,8 @@ class Pictures:
         self.sizes |= {one.size for _, one in good}
         self.many += [one.frames for _, one in good if one.frames > 1]
         self.transparent += sum(one.transparent for _, one in good)
-        self.highest = max((one.highest for _, one in good if one.highest is not None), default=self.highest)
+        self.highest = max((highest for highest in (self.highest, *(one.highest for _, one in good))
+                            if highest is not None), default=None)
         if not good:
             return Images(self.name, torch.empty(0, *(shape or (1, 1, 1)), dtype=torch.uint8), [], [])
         (first_name, first), channels = good[0], max(one.pixels.shape[0] for _, one in good)
@@ -215,7 +216,13 @@ def to_pixels(images, shape=None, levels=None):
         return convert(pixels, shape or pixels.shape[1:])
     if isinstance(images, (str, Path)):
         raise UserError("give a list of paths, or an array of images")
-    decoded = [torch.from_numpy(np.ascontiguousarray(decode(one, str(one), levels).pixels))[None] for one in images]
+    decoded = []
+    for one in images:
+        pixels = decode(one, str(one), levels).pixels
+        if pixels is None:
+            raise UserError(f"{one} is a figure of vae-ood, not a picture to score: leave it out")
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels))[None]
+        decoded.append(convert(pixels, shape) if shape else pixels)  # at once: photographs are large
     if not decoded:
         raise UserError("there are no images in the list")
     if not shape and len({one.shape[2:] for one in decoded}) > 1:
