@@ -53,7 +53,8 @@ from pathlib import Path
 
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import RANK, make_folder, pick_device
-from vae_ood.detector import Detector, Member
+from vae_ood.detector import Detector
+from vae_ood.member import Member
 from vae_ood.evaluation import (
     EVALUATED, FIT_IMAGES, check_scores, evaluate, limit_images, load_inliers, load_outliers)
 from vae_ood.features import DECODED_OFTEN

@@ -127,7 +127,8 @@ from vae_ood.cli import RANK, WORLD, pick_device
 from vae_ood.data import load
 from vae_ood.data.cache import read_own
 from vae_ood.data.own import AUTO
-from vae_ood.detector import Detector, Member, measure
+from vae_ood.detector import Detector
+from vae_ood.member import Member, measure
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.training import CONFIG, train
 

@@ -142,7 +142,6 @@ def test_workers_need_an_image_of_each_step(monkeypatch):
         run.main(SimpleNamespace(scores=["nll"], device="cpu", batch_size=2))
 
 
-@pytest.mark.slow
 def test_workers_share_one_file_of_pictures(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 20, 30, 3), np.uint8)
     (tmp_path / "photos").mkdir()
@@ -156,6 +155,7 @@ def test_workers_share_one_file_of_pictures(tmp_path):
     assert same_parameters(tmp_path / "two", tmp_path / "memory")
 
 
+@pytest.mark.slow
 def test_restarts_do_not_go_on_with_a_run_of_another_launch(one_worker):
     process = torchrun(1, *SMALL, "--iters", 200, "--dequantize", "--no-eval", "--out", one_worker, max_restarts=1)
     output, _ = process.communicate(timeout=100)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from vae_ood import UserError, detector, promise, scoring
+from vae_ood import UserError, detector, member, promise, scoring
 from vae_ood.data import groups
 from vae_ood.data.images import Images
 from vae_ood.data.likeness import digests
@@ -179,7 +179,7 @@ def model():
 
 def fitted(config, folds, score):
     """The detector of `folds`: (training pixels, pixels that calibrate, the groups of both, if any)."""
-    members = [detector.Member.fit(model(), config, {
+    members = [member.Member.fit(model(), config, {
         "train": Images("train", train, groups=groups), "test": Images("test", test, groups=groups)}, [score], ARGS)
         for train, test, groups in folds]
     return detector.Detector.of(config, members, ARGS)
@@ -198,7 +198,7 @@ def test_images_have_noise_of_their_own():
 
 
 def test_noise_that_restarts_is_noticed(monkeypatch):
-    monkeypatch.setattr(detector, "evaluate", lambda model, images, k, seed, dequantize, first, *progress: evaluate(
+    monkeypatch.setattr(member, "evaluate", lambda model, images, k, seed, dequantize, first, *progress: evaluate(
         model, images, k, seed, dequantize, 0))
     shares = [flagged_by_noise_alone(seed) for seed in range(20)]
     assert abs(np.mean(shares) - 0.05) > 2 * np.std(shares) / math.sqrt(20)
@@ -207,12 +207,12 @@ def test_noise_that_restarts_is_noticed(monkeypatch):
 def test_dequantised_images_are_scored_dequantised_each_with_its_own_noise():
     pixels = torch.full((600, 1, 8, 8), 99, dtype=torch.uint8)
     config = CONFIG | {"dequantize": True, "seed": 3}
-    parts = [detector.measure(model(), config, Images("x", pixels), ARGS, "x", first)["mu"]
+    parts = [member.measure(model(), config, Images("x", pixels), ARGS, "x", first)["mu"]
              for first in (0, 300, 600)]
     np.testing.assert_allclose(parts[0][300:], parts[1][:300], atol=1e-6)  # of the same number
     whole = np.concatenate([parts[0], parts[2]])
     assert len(np.unique(whole.round(9), axis=0)) == 1200
-    plain = detector.measure(model(), CONFIG | {"seed": 3}, Images("x", pixels), ARGS, "x")["mu"]
+    plain = member.measure(model(), CONFIG | {"seed": 3}, Images("x", pixels), ARGS, "x")["mu"]
     assert len(np.unique(plain, axis=0)) == 1
 
 
@@ -226,7 +226,7 @@ def test_folds_calibrate_on_every_thing():
     folds = [(pixels[6:], pixels[:6], label), (pixels[:6], pixels[6:], label)]
     found = fitted(config, folds, "pixel_moments")
     for train, test, _ in folds:
-        features = [detector.measure(model(), config, Images("x", x), ARGS, "x") for x in (train, test, new.pixels)]
+        features = [member.measure(model(), config, Images("x", x), ARGS, "x") for x in (train, test, new.pixels)]
         scorer = SCORES["pixel_moments"].fit(features[0])
         held_out, scores = scorer(features[1]), scorer(features[2])
         shares = shares + sum((held_out[label == g] >= scores[:, None]).mean(1) for g in range(3))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +16,12 @@ from PIL import Image
 from tests.conftest import ROOT
 from tests.test_detector import CONFIG, SHAPE, pictures
 from vae_ood import UserError, scoring
-from vae_ood.data.images import Images
+from vae_ood.cli import lock
+from vae_ood.data import arrays
+from vae_ood.data.images import Images, convert
 from vae_ood.data.own import open_own
-from vae_ood.detector import Detector, Member
+from vae_ood.detector import Detector
+from vae_ood.member import Member
 from vae_ood.model import VAE
 
 
@@ -100,13 +104,14 @@ def test_an_interrupted_command_keeps_its_rows_and_says_how_many(found, tmp_path
     process = subprocess.Popen([sys.executable, ROOT / "eval.py", "--detector", "detector.pt", "--score", "a.npy"],
                                cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     part, end = tmp_path / "score-a" / "scores.part.csv", time.monotonic() + 120
-    while not (part.exists() and part.stat().st_size > 1000) and time.monotonic() < end:
+    while not (part.exists() and part.read_bytes().count(b"\n") > 4001) and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
     rows = part.read_text().splitlines()[1:]
     assert process.returncode == 130 and f"the rows of {len(rows):,} of 150,000 images are in" in error, error
-    assert [row.split(",")[0] for row in rows] == [str(i) for i in range(len(rows))] and len(rows) % 4000 == 0
+    assert [row.split(",")[0] for row in rows] == [str(i) for i in range(len(rows))]
+    assert len(rows) % 4000 == 0 and rows
 
 
 def test_no_more_than_two_blocks_are_in_memory(tmp_path, monkeypatch):
@@ -122,15 +127,68 @@ def test_no_more_than_two_blocks_are_in_memory(tmp_path, monkeypatch):
 
 
 def test_only_so_much_is_kept_of_many_images(found):
-    many, scored = pictures(300, 4), scoring.Scored(found, "default", 0.05, 300)
+    many, scored = pictures(300, 4), scoring.Scored(found, "default", 0.05)
     for part in many.split(60):
         scored.add(Images("many", part))
     p, value = np.concatenate(scored.p), found.decision_function(many)
     order = np.lexsort((-value, p))
-    assert [row["index"] for row in scored.most] == order[:scoring.PAGE].tolist()
+    assert [row["index"] for row in scored.most] == order[:scoring.LISTED].tolist()
     assert [row["index"] for row in scored.least] == order[-scoring.FIGURE:].tolist()
     np.testing.assert_array_equal(scored.most[0]["image"], many[order[0]].permute(1, 2, 0))
-    images, distance, views = scored.sample()
-    np.testing.assert_array_equal(images.pixels, many)  # all, as they are fewer than are compared
-    np.testing.assert_allclose(distance, found.compare(many)[0], atol=1e-6)
-    np.testing.assert_allclose(views[0], found.look(Images("many", many)).views[0], atol=1e-4)
+    np.testing.assert_array_equal(scored.sample["pixels"], many)  # all, as they are fewer than are compared
+    np.testing.assert_allclose(scored.sample["distance"], found.compare(many)[0], atol=1e-6)
+    np.testing.assert_allclose(scored.sample["view 0"], found.look(Images("many", many)).views[0], atol=1e-4)
+
+
+def test_the_sample_is_of_all_images_and_the_same_by_any_blocks(found, monkeypatch):
+    monkeypatch.setattr(scoring, "COMPARED", 50)
+    many, samples = pictures(300, 4), []
+    for size in (60, 300):
+        scored = scoring.Scored(found, "default", 0.05)
+        for part in many.split(size):
+            scored.add(Images("many", part))
+        samples.append(scored.sample)
+    np.testing.assert_array_equal(samples[0]["pixels"], samples[1]["pixels"])
+    index = [int((many == torch.from_numpy(one)).flatten(1).all(1).nonzero()[0]) for one in samples[0]["pixels"]]
+    assert index == sorted(set(index)) and len(index) == 50 and index[0] < 60 and index[-1] > 240
+
+
+def test_names_that_hold_line_ends_stay_whole(found, tmp_path):
+    folder = folder_of(tmp_path / "new", pictures(4, 3))
+    for i, name in enumerate(("a\r.png", 'b\n".png', "c,\r\n.png")):
+        (folder / f"{i:02d}.png").rename(folder / name)
+    for choice in ({"fpr": 0.1}, {"fdr": 0.5}):
+        scoring.score_images(found, options(folder, out="x", **choice), tmp_path / "out")
+        assert sorted(row["file"] for row in table(tmp_path / "out")) == sorted(
+            ["03.png", "a\r.png", 'b\n".png', "c,\r\n.png"])
+        assert {row["outlier"] for row in table(tmp_path / "out")} <= {"0", "1"}
+
+
+def test_two_scorings_do_not_share_a_folder(found, tmp_path):
+    np.save(tmp_path / "a.npy", pictures(4).numpy())
+    (tmp_path / "out").mkdir()
+    with lock(tmp_path / "out", wait=False), pytest.raises(UserError, match="another scoring writes"):
+        scoring.score_images(found, options(tmp_path / "a.npy", out="x"), tmp_path / "out")
+    scoring.score_images(found, options(tmp_path / "a.npy", out="x"), tmp_path / "out")
+    with pytest.raises(UserError, match="results of other images"):
+        scoring.score_images(found, options(folder_of(tmp_path / "new", pictures(2)), out="x"), tmp_path / "out")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_is_named(found, tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", pictures(4).numpy())
+    monkeypatch.setattr(scoring, "folder_of_scores", lambda *_: tmp_path)
+    (tmp_path / "scores.part.csv").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write .*scores\.part\.csv \(No space left on device\)"):
+        scoring.score_images(found, options(tmp_path / "a.npy"), tmp_path)
+
+
+def test_large_arrays_are_converted_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "PART", 3 * 3 * 16 * 12)
+    np.save(tmp_path / "a.npy", pictures(20).numpy())
+    seen = []
+    whole = arrays.to_uint8
+    monkeypatch.setattr(arrays, "to_uint8", lambda part, *rest: (seen.append(len(part)), whole(part, *rest))[1])
+    found = open_own(tmp_path / "a.npy").read(slice(2, 15), (1, 8, 8)).pixels
+    np.testing.assert_array_equal(found, convert(pictures(20)[2:15], (1, 8, 8)))
+    assert max(seen) == 3

@@ -5,7 +5,6 @@
     detector.predict(images, fpr=0.05)      # [N], True where it is flagged
 """
 
-import functools
 import io
 import math
 import tempfile
@@ -18,112 +17,23 @@ import numpy as np
 import torch
 
 from vae_ood import UserError, checkpoint
-from vae_ood.cli import Progress, complete, pick_device
-from vae_ood.data.groups import group, parts, split_of
+from vae_ood.cli import complete, pick_device
+from vae_ood.data.groups import group, parts, split_of, things_needed
 from vae_ood.data.images import Images
-from vae_ood.data.likeness import Nearest, digests, farther, near, numbered
+from vae_ood.data.likeness import digests, farther, near, numbered
 from vae_ood.data.own import AUTO, sized, to_pixels
-from vae_ood.features import DECODED_OFTEN, Features, Part, decoded_means
-from vae_ood.likelihood import evaluate
+from vae_ood.features import DECODED_OFTEN, decoded_means
+from vae_ood.member import COMPARED, FIT_IMAGES, Member, measure
 from vae_ood.metrics import benjamini_hochberg, conformal_p_values, set_p_value
 from vae_ood.parallel import from_first
 from vae_ood.scores import SCORES
 from vae_ood.training import train
 
 FORMAT = 2  # 1 had no `view`
-FIT_IMAGES = 30_000  # of the training set: scores are fitted to so many, where --max-images does not say
-TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
-COMPARED = 2_000  # images that calibrate, and new ones, by how near they lie to the training images
+LEAST_THINGS = 5  # of which is said whether as a set they are like the training data
 WORDS = {"residual_spectrum": "fine texture", "residual_regions": "texture of a region",
          "likelihood_path": "how well it is reconstructed", "latents": "layout, as the latents see it",
          "joint": "an unusual combination"}  # what a component of `default` speaks of
-
-
-def measure(model, config, images, args, label=None, first=0):
-    """The `Features` of `images`, whose likelihoods, of training images for the first ones alone where --max-images
-    does not say, show their progress by the label when they are asked for; `first` is the number of the first image's
-    noise."""
-    evaluated = (images.first(args.max_images or TRAIN_IMAGES) if label == "train" else images).pixels
-
-    def likelihoods():
-        if label is None:
-            return evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first)
-        bar = Progress(len(evaluated), label=label)
-        result = evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first, bar.update)
-        bar.close()
-        return result
-    return Features(model, images.pixels, functools.cache(likelihoods), images.groups,
-                    (config["seed"], first) if config["dequantize"] else None)
-
-
-def finite(name, scores):
-    """The scores [N]; UserError unless all of them are finite."""
-    if bad := int((~np.isfinite(scores)).sum()):
-        raise UserError(f"the score {name} is not finite for {bad:,} of {len(scores):,} images: the model is of no use "
-                        "for them; train anew, with a smaller --lr, or leave these images out")
-    return scores
-
-
-class Member:
-    """A model, its scores fitted to its training images, and what they say of inliers that it has not seen."""
-
-    def __init__(self, model, scores, said, groups, nearest, held_out, seen, view=None):
-        """`said` {name: [n]}: the scores of the images that calibrate, of `groups` [n]; `held_out`: distance and local
-        scale [m] of the first of these to the training images `nearest`; `view` [m, D]: what sets are compared by, of
-        the same images, None without `default`; `seen`: how many images have had noise."""
-        self.model, self.scores, self.said, self.groups = model, scores, said, np.asarray(groups, np.int64)
-        self.nearest, self.held_out, self.seen, self.view = nearest, held_out, seen, view
-
-    @classmethod
-    def fit(cls, model, config, inliers, scores, args, fitted=None):
-        """Fit `scores`, names, to inliers["train"], whose features may be there already, and calibrate on
-        inliers["test"]."""
-        train, test = inliers["train"], inliers["test"]
-        n, groups = len(train.pixels), np.arange(len(test.pixels)) if test.groups is None else test.groups
-        fitted = fitted or measure(model, config, train, args, "train")
-        scores = {name: SCORES[name].fit(fitted) for name in scores}
-        nearest = Nearest.of(train.pixels)
-        member = cls(model, scores, {}, groups, nearest, nearest.distance(test.pixels[:COMPARED]), n)
-        features = measure(model, config, test, args, "calibration", n)
-        member.said, member.view = member.say(features), member.viewed(Part(features, slice(COMPARED)))
-        member.seen = n + len(test.pixels)
-        return member
-
-    def say(self, features):
-        """{name: scores [N]} of images' features."""
-        return {name: finite(name, values) for score, fitted in self.scores.items()
-                for name, values in fitted.said(score, features).items()}
-
-    def viewed(self, features):
-        """What sets of images are compared by [N, D], of their features; None without `default`."""
-        return self.scores["default"].whitened(features) if "default" in self.scores else None
-
-    def whole(self):
-        """Of the images that `view` has, those [m] whose things it has whole, or all where it has none whole."""
-        cut = np.isin(self.groups[:COMPARED], self.groups[COMPARED:])
-        return ~cut if not cut.all() else cut
-
-    def state(self):
-        """Tensors and plain values, which `restore` takes."""
-        return {"model": self.model.state_dict(), "groups": torch.from_numpy(self.groups),
-                "scores": {name: fitted.state_dict() for name, fitted in self.scores.items()},
-                "said": {name: torch.from_numpy(values) for name, values in self.said.items()},
-                "nearest": self.nearest.state_dict(), "held_out": [torch.from_numpy(v) for v in self.held_out],
-                "seen": self.seen, "view": None if self.view is None else torch.from_numpy(self.view)}
-
-    @classmethod
-    def restore(cls, path, config, state, device):
-        """The member that gave the state, which was read from `path`."""
-        checkpoint.check_weights(path, state["model"])
-        model = checkpoint.rebuilt(path, config, state, device)
-        scores = {name: SCORES[name].restore(values) for name, values in state["scores"].items()}
-        said = {name: finite(name, values.numpy()) for name, values in state["said"].items()}
-        groups, view = state["groups"].numpy(), state["view"]
-        if {groups.shape} != {values.shape for values in said.values()}:
-            raise ValueError("scores and groups")
-        return cls(model, scores, said, groups, Nearest(**state["nearest"]),
-                   tuple(v.numpy() for v in state["held_out"]), int(state["seen"]),
-                   None if view is None else finite("view", view.numpy()))
 
 
 @dataclass
@@ -181,11 +91,13 @@ class Detector:
         args = SimpleNamespace(
             data="images", sprite_factors=4, skip_bad=False, dequantize=False, alpha=alpha, kappa=kappa, gamma=None,
             schedule=None, iters=iters, batch_size=64, lr=None, seed=seed, amp=False, recipe=recipe, compile=None,
-            checkpoint_seconds=math.inf, keep=1, keep_at=[], group_by="near", folds=1, range=None, cache=None,
-            max_images=None, iw_samples=16)
+            checkpoint_seconds=math.inf, keep=1, keep_at=[], folds=1, range=None, cache=None, max_images=None,
+            group_by="near" if groups is None else "labels", iw_samples=16)
         complete(args)
         pixels, args.size, args.crop = sized(images, [size, size] if isinstance(size, int) else size, crop)
         own = Images("images", pixels)
+        if groups is not None and len(groups) != len(own.pixels):
+            raise UserError(f"{len(groups):,} groups for {len(own.pixels):,} images: give one of each")
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
             names, labels = digests(own.pixels), near(own.pixels, quiet=True) if groups is None else numbered(groups)
             split = split_of(own, names, labels, fpr)
@@ -270,7 +182,11 @@ class Detector:
 
     def predict(self, images, fpr=0.05, fdr=None):
         """Which images are outliers [N], bool: at the false-alarm rate `fpr`, or with `fdr` at the false-discovery rate
-        by Benjamini and Hochberg: of the flagged, at most that share are ordinary, on average (arXiv 2104.08279)."""
+        by Benjamini and Hochberg: of the flagged, at most that share are ordinary, on average (arXiv 2104.08279).
+        Raises UserError for a rate that so few things cannot promise."""
+        if fdr is None and fpr * (self.things + 1) < 1 - 1e-9:
+            raise UserError(f"fpr={fpr:g} needs {things_needed(fpr):,} things to calibrate with, and there are "
+                            f"{self.things:,}: give {math.ceil(1e4 / (self.things + 1)) / 1e4:g} or more")
         p = self.p_value(images)
         return p <= fpr + 1e-9 if fdr is None else benjamini_hochberg(p, fdr)
 
@@ -310,27 +226,44 @@ class Detector:
         return sum(len(np.unique(member.groups)) for member in self.members)
 
     def groups(self, images):
-        """Labels [N] of `Images` by the run's --group-by, or by likeness where that does not fit them."""
-        how = self.config.get("group_by")
+        """Labels [N] of `Images` by the rule that grouped those that calibrate; by likeness where that was a table or
+        the caller's own labels, or where it finds one thing alone, as that of folders does in a single one."""
+        how = self.config.get("group_by") or "none"
         try:
-            return group(images, "near" if how in (None, "none") or how.lower().endswith(".csv") else how, quiet=True)
+            labels = group(images, "near" if how == "labels" or how.lower().endswith(".csv") else how, quiet=True)
         except UserError:
             return near(images.pixels, quiet=True)
+        return labels if labels.any() or how == "near" else near(images.pixels, quiet=True)
 
-    def set_p_value(self, images):
-        """The p-value, in [0.001, 1], of the hypothesis that all the images are like the training data, as a set
-        (`metrics.set_p_value`): it sees drift that no single image shows. At most 2,000 of them, drawn at random, are
-        compared. Raises UserError for a detector without `default`."""
+    def set_p_value(self, images, groups=None):
+        """The p-value, in [0.001, 1], of the hypothesis that all the images, of `groups` [N] (by default the detector's
+        rule says what shows one thing), are like the training data, as a set (`metrics.set_p_value`): it sees drift
+        that no single image shows. At most 2,000 of them, drawn at random, are compared. Copies of training images
+        have no place among them. Raises UserError for a detector without `default`, and for too few things."""
         if self.members[0].view is None:
             raise UserError("sets are compared by what `default` reads: fit the detector with it")
         own = self.images(images)
-        own = own.take(np.sort(np.random.default_rng(0).permutation(len(own.pixels))[:COMPARED]))
-        return self.p_of_set(self.groups(own), self.look(own).views)
+        chosen = np.sort(np.random.default_rng(0).permutation(len(own.pixels))[:COMPARED])
+        own, share = own.take(chosen), len(chosen) / len(own.pixels)
+        groups, seen = self.groups(own) if groups is None else numbered(groups)[chosen], self.look(own)
+        new = ~seen.copies
+        p, things = self.p_of_set(groups[new], [view[new] for view in seen.views], share)
+        if p is None:
+            raise UserError(f"{things} things are too few to compare as a set: give {LEAST_THINGS} or more")
+        return p
 
-    def p_of_set(self, groups, views):
-        """The p-value of `set_p_value`, from new images' groups [N] and each member's view of them [N, D]."""
-        return set_p_value(groups, *((member.view[whole := member.whole()], member.groups[:COMPARED][whole], view)
-                                     for member, view in zip(self.members, views, strict=True)))
+    def p_of_set(self, groups, views, share=1.0):
+        """(the p-value of `set_p_value`, None where there are too few things; the number of things), from new images'
+        groups [N] and each member's view of them [N, D], which are a random share of all."""
+        things, folds = len(np.unique(groups)), []
+        for member, view in zip(self.members, views, strict=True):
+            known = member.whole()
+            if len(np.unique(member.groups)) < len(member.groups):  # else a share of the things is like all of them
+                known = known & (np.random.default_rng(1).random(len(known)) < share)
+            folds.append((member.view[known], member.groups[:COMPARED][known], view))
+        if min(things, *(len(np.unique(known)) for _, known, _ in folds)) < LEAST_THINGS:
+            return None, things
+        return set_p_value(groups, *folds), things
 
     def farther(self, groups, distance):
         """The p-value of the test that new images of `groups` [N], at this mean distance from the training images [N],

@@ -16,8 +16,8 @@ from vae_ood.data.groups import parts
 from vae_ood.data.images import PRIOR, generator
 from vae_ood.data.likeness import set_digest
 from vae_ood.data.synthetic import CORRUPTIONS, corrupt
-from vae_ood.detector import FIT_IMAGES, TRAIN_IMAGES, finite, measure
 from vae_ood.likelihood import bits_per_dim
+from vae_ood.member import FIT_IMAGES, TRAIN_IMAGES, finite, measure
 from vae_ood.metrics import detection, latent_spectrum, mmd
 from vae_ood.model import flops
 from vae_ood.parallel import crc32

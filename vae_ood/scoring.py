@@ -10,23 +10,23 @@ import os
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from vae_ood import UserError, checkpoint, plots
-from vae_ood.cli import RANK, Progress, duration, make_folder, printable
+from vae_ood.cli import RANK, Progress, duration, lock, make_folder, printable
 from vae_ood.data.groups import things_needed
 from vae_ood.data.images import Images
 from vae_ood.data.own import open_own
-from vae_ood.detector import COMPARED
+from vae_ood.member import COMPARED
 from vae_ood.metrics import benjamini_hochberg, confident_rank, cross_bound, false_alarm_range
-from vae_ood.parallel import agree, from_first
+from vae_ood.parallel import agree, any_worker, from_first
 
 BLOCK, BLOCK_BYTES = 4_000, 2**27  # images, and bytes of pixels at most, that are read and scored at once
-SET = 5  # things at least, of which is said whether as a set they look like the training data
-PRINTED, FIGURE, PAGE = 10, 16, 200  # the most outlying images that are listed, in outliers.png and in report.html
+PRINTED, FIGURE, LISTED = 10, 16, 200  # the most outlying images that are listed, in outliers.png and in report.html
 
 
 def folder_of_scores(out, source, named):
@@ -36,7 +36,7 @@ def folder_of_scores(out, source, named):
 
     def of_others():
         record = folder / "score.json"
-        return (folder / "scores.csv").exists() and not (
+        return any((folder / name).exists() for name in ("scores.csv", "scores.part.csv")) and not (
             record.exists() and json.loads(record.read_text()).get("score") == source)
     while of_others():
         if named:
@@ -81,18 +81,15 @@ def blocks(source, shape, crop=None):
 
 
 class Scored:
-    """What is kept of the images that were scored: of all the p-values and scores, of the most and the least outlying
-    ones their rows, of at most COMPARED, drawn from all, their pixels, their distance to the training images and
-    what sets are compared by."""
+    """What is kept of the images that were scored: of all the p-values, of the most and the least outlying ones their
+    rows, and of at most COMPARED, drawn from all, the `sample`."""
 
-    def __init__(self, detector, score, limit, number):
-        """limit: the p-value up to which an image is flagged, or None where all are needed to say; `number` of images
-        that will be scored."""
+    def __init__(self, detector, score, limit):
+        """limit: the p-value up to which an image is flagged, or None where all are needed to say."""
         self.detector, self.score, self.limit = detector, score, limit
-        self.chosen = np.sort(np.random.default_rng(0).permutation(number)[:COMPARED])
-        self.p, self.distance, self.views, self.pixels, self.files = [], [], [], [], []
-        self.n = self.copies = self.known = 0
-        self.known_p, self.most, self.least = [], [], []
+        self.rng, self.sample = np.random.default_rng(0), None
+        self.n = self.copies = 0
+        self.p, self.known_p, self.most, self.least = [], [], [], []
 
     def add(self, images):
         """Score `Images`, the next ones: the columns of their rows in scores.csv."""
@@ -100,14 +97,10 @@ class Scored:
         names, value = images.files or range(self.n, self.n + len(images.pixels)), seen.scores[self.score]
         flagged = [""] * len(value) if self.limit is None else (seen.p_value <= self.limit).astype(int).tolist()
         self._keep(images, seen, names, value)
+        self._draw(images, seen)
         self.p.append(seen.p_value)
-        self.copies, self.known = self.copies + int(seen.copies.sum()), self.known + int(seen.known.sum())
+        self.copies += int(seen.copies.sum())
         self.known_p.append(seen.p_value[seen.known])
-        some = self.chosen[(self.chosen >= self.n) & (self.chosen < self.n + len(value))] - self.n
-        self.distance.append(seen.distance[some])
-        self.views.append([None if view is None else view[some] for view in seen.views])
-        self.pixels.append(images.pixels[torch.from_numpy(some)])
-        self.files += [names[i] for i in some] if images.files else []
         self.n += len(value)
         return {"file" if images.files else "index": names} | {
             name: values.tolist() for name, values in seen.scores.items()} | {
@@ -124,13 +117,18 @@ class Scored:
 
         def outlying(row):
             return row["p_value"], -row["score"]
-        self.most = sorted(self.most + rows(order[:PAGE]), key=outlying)[:PAGE]
+        self.most = sorted(self.most + rows(order[:LISTED]), key=outlying)[:LISTED]
         self.least = sorted(self.least + rows(order[-FIGURE:]), key=outlying)[-FIGURE:]
 
-    def sample(self):
-        """(`Images`, distance [N], views [N, D] of each member or []) of those whose pixels are kept."""
-        views = [] if self.views[0][0] is None else [np.concatenate(parts) for parts in zip(*self.views, strict=True)]
-        return Images("some", torch.cat(self.pixels), files=self.files or None), np.concatenate(self.distance), views
+    def _draw(self, images, seen):
+        """Add these to the sample: each image has a random key, and those of the smallest ones stay."""
+        new = {"key": self.rng.random(len(images.pixels)), "pixels": images.pixels.numpy(), "distance": seen.distance,
+               "copies": seen.copies, "files": np.array(images.files or [""] * len(images.pixels), object),
+               **{f"view {i}": view for i, view in enumerate(seen.views) if view is not None}}
+        if self.sample:
+            new = {name: np.concatenate([self.sample[name], values]) for name, values in new.items()}
+        stay = np.sort(np.argsort(new["key"], kind="stable")[:COMPARED])
+        self.sample = {name: values[stay] for name, values in new.items()}
 
 
 def score_images(detector, args, out):
@@ -142,62 +140,87 @@ def score_images(detector, args, out):
     source = open_own(path, config["skip_bad"] or args.skip_bad, config.get("range"))
     rank = None if args.fdr else largest_rank(args, detector.things, len(detector.members))
     limit = None if args.fdr else (args.fpr if args.confidence is None else rank / (detector.things + 1)) + 1e-9
-    out = Path(from_first(lambda: str(folder_of_scores(out, str(path), args.out))))
     if str(path) == config["data"]:
         print("note: the model was trained on these images; the false-alarm rate holds for new ones only")
     agree({}, [config["images_crc32"], score, args.fpr, args.fdr, args.confidence, len(source),
                zlib.crc32(repr(source.files).encode())])
-    scored = write_rows(source, Scored(detector, score, limit, len(source)), out)
-    for note in source.notes(config["shape"]):
-        print(f"{source.name}: {note}")
-    if not scored.n:
-        raise UserError(f"not one of the {len(source):,} pictures in {path} can be decoded")
-    if RANK == 0:
-        finish(scored, rank, args, out, path.name)
+    with ExitStack() as held:
+        def claim():
+            folder = folder_of_scores(out, str(path), args.out)
+            try:
+                held.enter_context(lock(folder, wait=False))
+            except BlockingIOError:
+                raise UserError(f"another scoring writes to {folder}: wait for it, or give another --out") from None
+            return str(folder)
+        folder = Path(from_first(claim))
+        scored = Scored(detector, score, limit)
+        write_rows(source, scored, folder)
+        for note in source.notes(config["shape"]):
+            print(f"{source.name}: {note}")
+        if not scored.n:
+            raise UserError(f"not one of the {len(source):,} pictures in {path} can be decoded")
+        if RANK == 0:
+            finish(scored, rank, args, folder, path.name)
+
+
+def next_block(images):
+    """The next `Images` of an iterator or None; UserError on all workers where one of them cannot read them."""
+    found, failed = None, None
+    try:
+        found = next(images, None)
+    except UserError as error:
+        failed = error
+    if any_worker(failed is not None)[0]:
+        raise failed or UserError("another worker cannot read the images: give all machines the same")
+    return found
 
 
 def write_rows(source, scored, out):
-    """Score all images of the source, `Scored`, and write scores.csv, at first as scores.part.csv row by row, which is
-    kept where that ends early."""
+    """Score all images of the source, `Scored`, into scores.part.csv, row by row, which is kept where that ends
+    early. Raises UserError."""
     part, begun, bar = out / "scores.part.csv", time.monotonic(), Progress(len(source), label="image")
     config, written, end = scored.detector.config, 0, 0  # images whose rows are whole, and where these end
-
-    def kept():
-        return f"the rows of {written:,} of {len(source):,} images are in {part}"
+    images = blocks(source, config["shape"], config.get("crop"))
+    file = open(part if RANK == 0 else os.devnull, "w", newline="", encoding="utf-8",  # noqa: SIM115, closed below
+                errors="surrogateescape")  # names of any bytes
     try:
-        with open(part if RANK == 0 else os.devnull, "w", newline="", encoding="utf-8",
-                  errors="surrogateescape") as file:  # names of any bytes
-            writer = csv.writer(file, lineterminator="\n")
-            try:
-                for images in blocks(source, config["shape"], config.get("crop")):
-                    agree({"score": images}, [])
-                    columns = scored.add(images)
-                    if not written:
-                        writer.writerow(columns)
-                    writer.writerows(zip(*columns.values(), strict=True))
-                    end, written = file.tell(), scored.n
-                    seconds = time.monotonic() - begun
-                    left = duration(seconds / written * (len(source) - written))
-                    bar.update(written, f"{written / seconds:,.0f} images/s, {left} left")
-            finally:
-                if RANK == 0:
-                    file.truncate(end)
-    except UserError as error:
-        raise UserError(f"{error}; {kept()}" if written else str(error)) from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(kept()) from None
+        writer = csv.writer(checkpoint.Lines(file))
+        while block := next_block(images):
+            agree({"score": block}, [])
+            columns = scored.add(block)
+            if not written:
+                writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+            end, written = file.tell(), scored.n
+            seconds = time.monotonic() - begun
+            left = duration(seconds / written * (len(source) - written))
+            bar.update(written, f"{written / seconds:,.0f} images/s, {left} left")
+        file.close()
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        with suppress(OSError):  # a full disk: what is buffered cannot be written
+            file.close()
+        if RANK == 0:
+            with suppress(OSError):
+                os.truncate(part, end)
+        kept = f"the rows of {written:,} of {len(source):,} images are in {part}" if written else ""
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(kept) from None
+        told = error if isinstance(error, UserError) else (
+            f"cannot write {part} ({error.strerror}): free some space or choose another --out")
+        raise UserError("; ".join(filter(None, (str(told), kept)))) from None
     finally:
         bar.close()
-    return scored
 
 
-def finish(scored, rank, args, out, name):
+def finish(scored, rank, args, out, title):
     """Write what a person decides with, and print the most outlying images and what the flags are worth."""
     p, detector = np.concatenate(scored.p), scored.detector
     if args.fdr:
         flagged = benjamini_hochberg(p, args.fdr)
         scored.limit = p[flagged].max() if flagged.any() else 0.0
         fill_outliers(out / "scores.part.csv", scored.limit)
+    for name in ("outliers.png", "report.html"):  # of an earlier scoring
+        (out / name).unlink(missing_ok=True)
     os.replace(out / "scores.part.csv", out / "scores.csv")
     most = [row | {"outlier": row["p_value"] <= scored.limit} for row in scored.most]
     print(f"\n{'image':<40}{scored.score:>19}{'p-value':>10}")
@@ -208,7 +231,7 @@ def finish(scored, rank, args, out, name):
     print(*lines, sep="\n")
     detector.reconstructed(most)
     shown = {row["index"] for row in most[:FIGURE]}
-    title = f"{name}: {scored.score}, calibrated on {detector.things:,} things"
+    title = f"{title}: {scored.score}, calibrated on {detector.things:,} things"
     written = ["scores.csv"]
     if plots.available():
         least = [row for row in scored.least if row["index"] not in shown]
@@ -229,7 +252,7 @@ def fill_outliers(path, limit):
     filled = path.with_suffix(".filled")
     options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with open(path, **options) as old, open(filled, "w", **options) as new:
-        reader, writer = csv.reader(old), csv.writer(new, lineterminator="\n")
+        reader, writer = csv.reader(old), csv.writer(checkpoint.Lines(new))
         writer.writerow(head := next(reader))
         for row in reader:
             row[head.index("outlier")] = int(float(row[head.index("p_value")]) <= limit)
@@ -243,15 +266,18 @@ def said_of_the_set(scored, p):
     if len(known):
         lines.append(f"{len(known):,} of {len(p):,} images show what training images show ({scored.copies:,} are "
                      f"copies), {(known <= scored.limit).sum():,} of them flagged: the rate is that of new things")
-    images, distance, views = scored.sample()
-    groups = detector.groups(images)
-    if detector.farther(groups, distance) < 0.01:
+    sample = scored.sample
+    files = list(sample["files"]) if sample["files"][0] else None
+    groups = detector.groups(Images("some", torch.from_numpy(sample["pixels"]), files=files))
+    if detector.farther(groups, sample["distance"]) < 0.01:
         lines.append("these images lie farther from the training images than those that calibrate did: unless they are "
                      "outliers, they are of another kind, and the false-alarm rate is not assured for them")
-    if views and len(np.unique(groups)) >= SET:
-        p_set = detector.p_of_set(groups, views)
-        lines.append(f"as a set, these {len(p):,} images {'do not ' * (p_set < 0.05)}look like the training data: p = "
-                     f"{p_set:.3f} (a permutation test of {len(groups):,} of them)")
+    views, new = [values for name, values in sample.items() if name.startswith("view")], ~sample["copies"]
+    if views and new.any():
+        p_set, things = detector.p_of_set(groups[new], [view[new] for view in views], len(new) / len(p))
+        lines.append(f"too few things to say whether they are like the training data as a set ({things:,})"
+                     if p_set is None else f"as a set, these images {'do not ' * (p_set <= 0.05 + 1e-9)}look like the "
+                     f"training data: p = {p_set:.3f} (a permutation test of {things:,} things)")
     return lines
 
 
@@ -260,8 +286,10 @@ def said_of_the_flags(scored, p, rank, args):
     things, folds, flagged = scored.detector.things, len(scored.detector.members), int((p <= scored.limit).sum())
     if args.fdr:
         least = math.ceil(len(p) / (args.fdr * (things + 1)) - 1e-9)
+        proven = folds == 1 and things == sum(len(member.groups) for member in scored.detector.members)
+        unproven = "" if proven else "; usual, but not proven, for folds or several pictures of a thing"
         lines = [f"{flagged:,} of {len(p):,} images flagged, of which at most {args.fdr:.1%} are ordinary, on average "
-                 f"(calibrated on {things:,} things)"]
+                 f"(calibrated on {things:,} things{unproven})"]
         if not flagged and least > 1:
             lines.append(f"at this rate {least:,} images must score above all that calibrate before one is flagged: "
                          "give a larger --fdr, or calibrate on more things")

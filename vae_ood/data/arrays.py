@@ -11,6 +11,7 @@ from vae_ood import UserError
 from vae_ood.data.images import Images, convert
 
 EXPANSION = 1100  # the most that a compressed file can grow: deflate's limit is 1032-fold
+PART = 2**26  # values that are converted at once
 
 
 def to_levels(values, levels):
@@ -65,16 +66,15 @@ class Arrays:
     def read(self, rows, shape=None, crop=None):
         """`Images` of the slice `rows`, by `convert` where there is a `shape`. Raises UserError."""
         start, stop, _ = rows.indices(len(self))
-        pixels, first = [], 0
+        pixels, first, size = [], 0, max(1, PART // max(1, self.arrays[0][0].size)) if shape else stop
         with refusing(self.name):
             for array in self.arrays:
-                part = array[max(0, start - first):max(0, stop - first)]
-                if len(part):
-                    pixels.append(to_uint8(part, self.name, self.levels))
+                for at in range(max(start, first), min(stop, first + len(array)), size):
+                    part = to_uint8(array[at - first:min(at + size, stop) - first], self.name, self.levels)
+                    self.largest = max(self.largest, int(part.max()))
+                    pixels.append(convert(part, shape, crop) if shape else part)
                 first += len(array)
-        self.largest = max([self.largest] + [int(part.max()) for part in pixels])
-        pixels = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-        return Images(self.name, convert(pixels, shape, crop) if shape else pixels)
+        return Images(self.name, pixels[0] if len(pixels) == 1 else torch.cat(pixels))
 
     def notes(self, shape=None):
         """What a reader would not expect of what was read so far, in lines."""

@@ -120,7 +120,8 @@ class Pictures:
         self.sizes |= {one.size for _, one in good}
         self.many += [one.frames for _, one in good if one.frames > 1]
         self.transparent += sum(one.transparent for _, one in good)
-        self.highest = max((one.highest for _, one in good if one.highest is not None), default=self.highest)
+        self.highest = max((highest for highest in (self.highest, *(one.highest for _, one in good))
+                            if highest is not None), default=None)
         return Images(self.name, stacked([one.pixels for _, one in good], shape), [], [name for name, _ in good])
 
     def notes(self, shape=None):
@@ -161,7 +162,11 @@ def to_pixels(images, shape=None, levels=None, crop=None):
         return convert(pixels, shape or pixels.shape[1:], crop)
     if isinstance(images, (str, Path)):
         raise UserError("give a list of paths, or an array of images")
-    decoded = [decode(one, str(one), levels, shape, crop).pixels for one in images]
+    decoded = []
+    for one in images:
+        decoded.append(decode(one, str(one), levels, shape, crop).pixels)
+        if decoded[-1] is None:
+            raise UserError(f"{one} is a figure of vae-ood, not a picture to score: leave it out")
     if not decoded:
         raise UserError("there are no images in the list")
     return stacked(decoded, shape)

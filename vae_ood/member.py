@@ -1,0 +1,104 @@
+"""A model, the scores that are fitted to its training images, and what these say of images that it has not seen."""
+
+import functools
+
+import numpy as np
+import torch
+
+from vae_ood import UserError, checkpoint
+from vae_ood.cli import Progress
+from vae_ood.data.likeness import Nearest
+from vae_ood.features import Features, Part
+from vae_ood.likelihood import evaluate
+from vae_ood.scores import SCORES
+
+FIT_IMAGES = 30_000  # of the training set: scores are fitted to so many, where --max-images does not say
+TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
+COMPARED = 2_000  # images that calibrate, and new ones, by how near they lie to the training images
+
+
+def measure(model, config, images, args, label=None, first=0):
+    """The `Features` of `images`, whose likelihoods, of training images for the first ones alone where --max-images
+    does not say, show their progress by the label when they are asked for; `first` is the number of the first image's
+    noise."""
+    evaluated = (images.first(args.max_images or TRAIN_IMAGES) if label == "train" else images).pixels
+
+    def likelihoods():
+        if label is None:
+            return evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first)
+        bar = Progress(len(evaluated), label=label)
+        result = evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first, bar.update)
+        bar.close()
+        return result
+    return Features(model, images.pixels, functools.cache(likelihoods), images.groups,
+                    (config["seed"], first) if config["dequantize"] else None)
+
+
+def finite(name, scores):
+    """The scores [N]; UserError unless all of them are finite."""
+    if bad := int((~np.isfinite(scores)).sum()):
+        raise UserError(f"the score {name} is not finite for {bad:,} of {len(scores):,} images: the model is of no use "
+                        "for them; train anew, with a smaller --lr, or leave these images out")
+    return scores
+
+
+class Member:
+    """A model, its scores fitted to its training images, and what they say of inliers that it has not seen."""
+
+    def __init__(self, model, scores, said, groups, nearest, held_out, seen, view=None):
+        """`said` {name: [n]}: the scores of the images that calibrate, of `groups` [n]; `held_out`: distance and local
+        scale [m] of the first of these to the training images `nearest`; `view` [m, D]: what sets are compared by, of
+        the same images, None without `default`; `seen`: how many images have had noise."""
+        self.model, self.scores, self.said, self.groups = model, scores, said, np.asarray(groups, np.int64)
+        self.nearest, self.held_out, self.seen, self.view = nearest, held_out, seen, view
+
+    @classmethod
+    def fit(cls, model, config, inliers, scores, args, fitted=None):
+        """Fit `scores`, names, to inliers["train"], whose features may be there already, and calibrate on
+        inliers["test"]."""
+        train, test = inliers["train"], inliers["test"]
+        n, groups = len(train.pixels), np.arange(len(test.pixels)) if test.groups is None else test.groups
+        fitted = fitted or measure(model, config, train, args, "train")
+        scores = {name: SCORES[name].fit(fitted) for name in scores}
+        nearest = Nearest.of(train.pixels)
+        member = cls(model, scores, {}, groups, nearest, nearest.distance(test.pixels[:COMPARED]), n)
+        features = measure(model, config, test, args, "calibration", n)
+        member.said, member.view = member.say(features), member.viewed(Part(features, slice(COMPARED)))
+        member.seen = n + len(test.pixels)
+        return member
+
+    def say(self, features):
+        """{name: scores [N]} of images' features."""
+        return {name: finite(name, values) for score, fitted in self.scores.items()
+                for name, values in fitted.said(score, features).items()}
+
+    def viewed(self, features):
+        """What sets of images are compared by [N, D], of their features; None without `default`."""
+        return self.scores["default"].whitened(features) if "default" in self.scores else None
+
+    def whole(self):
+        """Of the images that `view` has, those [m] whose things it has whole, or all where it has none whole."""
+        cut = np.isin(self.groups[:COMPARED], self.groups[COMPARED:])
+        return ~cut if not cut.all() else cut
+
+    def state(self):
+        """Tensors and plain values, which `restore` takes."""
+        return {"model": self.model.state_dict(), "groups": torch.from_numpy(self.groups),
+                "scores": {name: fitted.state_dict() for name, fitted in self.scores.items()},
+                "said": {name: torch.from_numpy(values) for name, values in self.said.items()},
+                "nearest": self.nearest.state_dict(), "held_out": [torch.from_numpy(v) for v in self.held_out],
+                "seen": self.seen, "view": None if self.view is None else torch.from_numpy(self.view)}
+
+    @classmethod
+    def restore(cls, path, config, state, device):
+        """The member that gave the state, which was read from `path`."""
+        checkpoint.check_weights(path, state["model"])
+        model = checkpoint.rebuilt(path, config, state, device)
+        scores = {name: SCORES[name].restore(values) for name, values in state["scores"].items()}
+        said = {name: finite(name, values.numpy()) for name, values in state["said"].items()}
+        groups, view = state["groups"].numpy(), state["view"]
+        if {groups.shape} != {values.shape for values in said.values()}:
+            raise ValueError("scores and groups")
+        return cls(model, scores, said, groups, Nearest(**state["nearest"]),
+                   tuple(v.numpy() for v in state["held_out"]), int(state["seen"]),
+                   None if view is None else finite("view", view.numpy()))
