@@ -250,37 +250,7 @@ def test_many_pictures_of_things_of_different_sizes_are_no_drift():
 
 
 def test_a_rate_that_so_few_things_cannot_promise_is_refused(detector):
-    with pytest.raises(UserError, match=r"fpr=0.001 needs 999 things to calibrate with, and there are 100: give 0\.0099"):
-        detector.predict(pictures(2), fpr=0.001)
-    with pytest.raises(UserError, match="2 groups for 3 images"):
-        Detector.fit(pictures(3), groups=[0, 1])
-
-
-def test_training_images_are_not_compared_as_a_set(detector):
-    with pytest.raises(UserError, match="0 things are too few"):
-        detector.set_p_value(pictures(300))
-    assert 0 < detector.set_p_value(torch.cat([pictures(300), pictures(40, 21)])) <= 1
-
-
-def test_many_pictures_of_things_of_different_sizes_are_no_drift():
-    """Of the new things 2,000 pictures are drawn: large things come in more often, on the known side too."""
-    rng, p = np.random.default_rng(0), []
-
-    def things(n):
-        sizes = np.where(rng.random(n) < 0.5, 1, 20)
-        groups = np.repeat(np.arange(n), sizes)
-        return groups, (3.0 * (sizes > 1)[groups] + rng.standard_normal(n)[groups])[:, None] * np.ones((1, 2))
-    for _ in range(30):
-        (groups, view), (new_groups, new) = things(100), things(1000)
-        found = Detector(CONFIG | {"max_images": None, "iw_samples": 2}, [
-            Member(None, {"nll": None}, {}, groups, None, None, 0, view[:2000])])
-        chosen = rng.permutation(len(new))[:2000]
-        p.append(found.p_of_set(new_groups[chosen], [new[chosen]], 2000 / len(new))[0])
-    assert np.mean(np.array(p) <= 0.05) < 0.2
-
-
-def test_a_rate_that_so_few_things_cannot_promise_is_refused(detector):
-    with pytest.raises(UserError, match=r"fpr=0.001 needs 999 things to calibrate with, and there are 100: give 0\.0099"):
+    with pytest.raises(UserError, match="needs 999 things to calibrate with, and there are 100: give 0.01 or"):
         detector.predict(pictures(2), fpr=0.001)
     with pytest.raises(UserError, match="2 groups for 3 images"):
         Detector.fit(pictures(3), groups=[0, 1])
