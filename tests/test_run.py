@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vae_ood import UserError, checkpoint, detector, evaluation, training
+from vae_ood import UserError, checkpoint, evaluation, member, training
 from vae_ood.bench import plain_loss
 from vae_ood.data.images import Images, batch_indices, to_unit
 from vae_ood.model import VAE
@@ -148,7 +148,7 @@ def test_a_large_model_is_evaluated_on_fewer_images_on_a_cpu(alpha, device, limi
 
 @pytest.mark.parametrize(("limit", "evaluated", "fitted"), [(None, 20, 30), (9, 9, 9)])
 def test_scores_are_fitted_to_more_training_images_than_are_evaluated(tmp_path, monkeypatch, limit, evaluated, fitted):
-    for module in (evaluation, detector):
+    for module in (evaluation, member):
         monkeypatch.setattr(module, "TRAIN_IMAGES", 20)
     monkeypatch.setattr(evaluation, "FIT_IMAGES", 30)
     seen = []
