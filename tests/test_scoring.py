@@ -102,7 +102,8 @@ def test_an_interrupted_command_keeps_its_rows_and_says_how_many(found, tmp_path
     found.save(tmp_path / "detector.pt")
     np.save(tmp_path / "a.npy", pictures(100).repeat(1500, 1, 1, 1).numpy())
     process = subprocess.Popen([sys.executable, ROOT / "eval.py", "--detector", "detector.pt", "--score", "a.npy"],
-                               cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+                               cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job may ignore it
     part, end = tmp_path / "score-a" / "scores.part.csv", time.monotonic() + 120
     while not (part.exists() and part.read_bytes().count(b"\n") > 4001) and time.monotonic() < end:
         time.sleep(0.05)

@@ -417,7 +417,7 @@ def test_file_names_of_any_bytes(tiny_run, command, tmp_path):
     with open(tmp_path / "o" / "scores.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         names = [row["file"] for row in csv.DictReader(file)]
     assert sorted(map(os.fsencode, names)) == [b"a\nb.png", b'a,"b.png', b"\xe9.png", b"\xea.png"]
-    assert sum(".png" in line for line in result.stdout.splitlines()) == 4  # one line each
+    assert sum(".png  " in line for line in result.stdout.splitlines()) == 4  # one line each
 
 
 def test_nobody_reads_on(tiny_run, tmp_path):
