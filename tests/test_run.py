@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import run
 from vae_ood import UserError, checkpoint, evaluation, member, training
 from vae_ood.bench import plain_loss
 from vae_ood.data.images import Images, Rows, batch_indices, to_unit
@@ -138,6 +140,24 @@ def test_images_that_are_mapped_from_a_file_train_alike(tmp_path):
         (tmp_path / "ckpt.pt").unlink()
     (ours, config), (theirs, other) = results
     assert config == other and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_goes_on_with_its_own_size(tmp_path):
+    """One from before there was --size has no key of that name: its pictures are taken as they are."""
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (3, 70, 90), np.uint8)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    asked = {"data": str(tmp_path), "skip_bad": False, "range": None, "folds": 1, "cache": None, "crop": None}
+    for name, config, expected in (("old", {}, (70, 90)), ("new", {"size": [8, 9], "crop": "pad"}, (8, 9))):
+        out = tmp_path / name
+        out.mkdir()
+        checkpoint.save(out / "ckpt.pt", torch.nn.Linear(1, 1), SimpleNamespace(state_dict=dict), 1, config)
+        args = SimpleNamespace(**asked, size=None, resume=True)
+        assert run.read(args, out).pixels.shape[2:] == expected
+        assert (args.size, args.crop) == (config.get("size"), config.get("crop"))
+        with pytest.raises(UserError, match="as they are" if name == "old" else "--size 8x9 --crop pad"):
+            run.read(SimpleNamespace(**asked, size=[9, 8], resume=True), out)
+    args = SimpleNamespace(**asked, size=None, resume=False)
+    assert run.read(args, out).pixels.shape[2:] == (64, 64) and (args.size, args.crop) == ([64, 64], "centre")
 
 
 def test_a_training_of_hours_says_what_makes_it_shorter(tmp_path, monkeypatch, capsys):
