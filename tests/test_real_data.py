@@ -40,7 +40,7 @@ def test_the_papers_command_and_its_evaluation(data_root, command, tmp_path):
     need(data_root, "cifar10", "svhn", "celeba")
     result = command("run.py", "--data", "cifar10", "--alpha", 0.25, "--kappa", 32, "--iters", 20, "--data-root",
                      data_root, "--no-eval", "--device", "cpu", "--out", tmp_path)
-    assert "shorter with a GPU, --recipe fast, a smaller --alpha or --iters" in result.stdout
+    assert "shorter with" not in result.stdout  # twenty steps take no hour
     result = command("eval.py", "--ckpt", tmp_path / "ckpt.pt", "--outliers", "svhn", "celeba", "--data-root",
                      data_root, "--max-images", 100)
     sets = json.loads((tmp_path / "metrics.json").read_text())["sets"]
