@@ -144,7 +144,7 @@ def describe(parts, args):
              else "; too few to validate with, so the last step's weights are kept"))
     if calibrating < groups.things_needed(args.fpr):
         print(f"the smallest false-alarm rate that {calibrating:,} things can promise is "
-              f"{math.ceil(1e4 / (calibrating + 1)) / 1e4:.2%}, not {args.fpr:.2%}: add pictures of other things"
+              f"{groups.smallest_rate(calibrating):.2%}, not {args.fpr:.2%}: add pictures of other things"
               + ("" if args.folds > 1 else ", or calibrate on all of these with --folds"))
     if shared := len(np.intersect1d(parts["train"].groups, parts["test"].groups)):
         print(f"{shared:,} things are among train_images and test_images both: the false-alarm rate holds for new "

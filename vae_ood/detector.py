@@ -18,7 +18,7 @@ import torch
 
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import complete, pick_device
-from vae_ood.data.groups import group, parts, split_of, things_needed
+from vae_ood.data.groups import group, parts, smallest_rate, split_of, things_needed
 from vae_ood.data.images import Images
 from vae_ood.data.likeness import digests, farther, near, numbered
 from vae_ood.data.own import AUTO, sized, to_pixels
@@ -186,7 +186,7 @@ class Detector:
         Raises UserError for a rate that so few things cannot promise."""
         if fdr is None and fpr * (self.things + 1) < 1 - 1e-9:
             raise UserError(f"fpr={fpr:g} needs {things_needed(fpr):,} things to calibrate with, and there are "
-                            f"{self.things:,}: give {math.ceil(1e4 / (self.things + 1)) / 1e4:g} or more")
+                            f"{self.things:,}: give {smallest_rate(self.things):g} or more")
         p = self.p_value(images)
         return p <= fpr + 1e-9 if fdr is None else benjamini_hochberg(p, fdr)
 

@@ -24,11 +24,11 @@ def measure(model, config, images, args, label=None, first=0):
     evaluated = (images.first(args.max_images or TRAIN_IMAGES) if label == "train" else images).pixels
 
     def likelihoods():
-        if label is None:
-            return evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first)
-        bar = Progress(len(evaluated), label=label)
-        result = evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first, bar.update)
-        bar.close()
+        bar = label and Progress(len(evaluated), label=label)
+        result = evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first,
+                          *([bar.update] if bar else []))
+        if bar:
+            bar.close()
         return result
     return Features(model, images.pixels, functools.cache(likelihoods), images.groups,
                     (config["seed"], first) if config["dequantize"] else None)

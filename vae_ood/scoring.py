@@ -18,7 +18,7 @@ import torch
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import RANK, Progress, duration, lock, make_folder, printable
-from vae_ood.data.groups import things_needed
+from vae_ood.data.groups import smallest_rate, things_needed
 from vae_ood.data.images import Images
 from vae_ood.data.own import open_own
 from vae_ood.member import COMPARED
@@ -26,6 +26,7 @@ from vae_ood.metrics import benjamini_hochberg, confident_rank, cross_bound, fal
 from vae_ood.parallel import agree, any_worker, from_first
 
 BLOCK, BLOCK_BYTES = 4_000, 2**27  # images, and bytes of pixels at most, that are read and scored at once
+TABLE = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # to open one with names of any bytes
 PRINTED, FIGURE, LISTED = 10, 16, 200  # the most outlying images that are listed, in outliers.png and in report.html
 
 
@@ -57,7 +58,7 @@ def largest_rank(args, things, folds):
         if k := int(args.fpr * (things + 1) + 1e-9):
             return k
         raise UserError(f"--fpr {args.fpr:g} needs {things_needed(args.fpr):,} things to calibrate with, and there are "
-                        f"{things:,}: give --fpr {math.ceil(1e4 / (things + 1)) / 1e4:g} or more, or {more}")
+                        f"{things:,}: give --fpr {smallest_rate(things):g} or more, or {more}")
     if k := confident_rank(things, args.fpr, args.confidence):
         return k
     possible = 1 - (1 - args.confidence) ** (1 / things)
@@ -181,8 +182,7 @@ def write_rows(source, scored, out):
     part, begun, bar = out / "scores.part.csv", time.monotonic(), Progress(len(source), label="image")
     config, written, end = scored.detector.config, 0, 0  # images whose rows are whole, and where these end
     images = blocks(source, config["shape"], config.get("crop"))
-    file = open(part if RANK == 0 else os.devnull, "w", newline="", encoding="utf-8",  # noqa: SIM115, closed below
-                errors="surrogateescape")  # names of any bytes
+    file = open(part if RANK == 0 else os.devnull, "w", **TABLE)  # noqa: SIM115, closed below
     try:
         writer = csv.writer(checkpoint.Lines(file))
         while block := next_block(images):
@@ -250,8 +250,7 @@ def finish(scored, rank, args, out, title):
 def fill_outliers(path, limit):
     """Write the column `outlier` of a table of scores: whether the p-value is up to the limit."""
     filled = path.with_suffix(".filled")
-    options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with open(path, **options) as old, open(filled, "w", **options) as new:
+    with open(path, **TABLE) as old, open(filled, "w", **TABLE) as new:
         reader, writer = csv.reader(old), csv.writer(checkpoint.Lines(new))
         writer.writerow(head := next(reader))
         for row in reader:
@@ -284,10 +283,11 @@ def said_of_the_set(scored, p):
 def said_of_the_flags(scored, p, rank, args):
     """How many are flagged, and what that is worth, in lines."""
     things, folds, flagged = scored.detector.things, len(scored.detector.members), int((p <= scored.limit).sum())
+    images = sum(len(member.groups) for member in scored.detector.members)
     if args.fdr:
         least = math.ceil(len(p) / (args.fdr * (things + 1)) - 1e-9)
-        proven = folds == 1 and things == sum(len(member.groups) for member in scored.detector.members)
-        unproven = "" if proven else "; usual, but not proven, for folds or several pictures of a thing"
+        unproven = "" if folds == 1 and things == images else (
+            "; usual, but not proven, for folds or several pictures of a thing")
         lines = [f"{flagged:,} of {len(p):,} images flagged, of which at most {args.fdr:.1%} are ordinary, on average "
                  f"(calibrated on {things:,} things{unproven})"]
         if not flagged and least > 1:
@@ -296,7 +296,6 @@ def said_of_the_flags(scored, p, rank, args):
         return lines
     low, high = false_alarm_range(rank, things)
     sure = f" (the rate is at most {args.fpr:g} with confidence {args.confidence:g})" if args.confidence else ""
-    images = sum(len(member.groups) for member in scored.detector.members)
     lines = [f"{flagged:,} of {len(p):,} images flagged at p <= {scored.limit:.4g}{sure}",
              f"of new things like the training data, at most {scored.limit:.1%} would be on average, between {low:.1%} "
              f"and {high:.1%} for nine calibrations in ten (calibrated on {things:,} things, {images:,} images)"]

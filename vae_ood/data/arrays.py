@@ -66,7 +66,7 @@ class Arrays:
     def read(self, rows, shape=None, crop=None):
         """`Images` of the slice `rows`, by `convert` where there is a `shape`. Raises UserError."""
         start, stop, _ = rows.indices(len(self))
-        pixels, first, size = [], 0, max(1, PART // max(1, self.arrays[0][0].size)) if shape else stop
+        pixels, first, size = [], 0, max(1, PART // self.arrays[0][0].size) if shape else stop
         with refusing(self.name):
             for array in self.arrays:
                 for at in range(max(start, first), min(stop, first + len(array)), size):

@@ -76,6 +76,11 @@ def things_needed(fpr):
     return math.ceil(1 / fpr - 1e-9) - 1
 
 
+def smallest_rate(things):
+    """The smallest false-alarm rate that so many calibrating groups can promise, rounded up to 0.0001."""
+    return math.ceil(1e4 / (things + 1)) / 1e4
+
+
 def ordered(labels, digests):
     """The groups in an order that their pictures' digests decide, whatever the order of the files and the sizes of the
     groups: by a digest of the smallest digest. (By the smallest one itself, large groups would come first: those that
