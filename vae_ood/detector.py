@@ -29,11 +29,12 @@ from vae_ood.parallel import from_first
 from vae_ood.scores import SCORES
 from vae_ood.training import train
 
-FORMAT = 2  # 1 had no `view`
+FORMAT = 3  # 1 had no `view`, 2 no patches
 LEAST_THINGS = 5  # of which is said whether as a set they are like the training data
 WORDS = {"residual_spectrum": "fine texture", "residual_regions": "texture of a region",
          "likelihood_path": "how well it is reconstructed", "latents": "layout, as the latents see it",
-         "joint": "an unusual combination"}  # what a component of `default` speaks of
+         "joint": "an unusual combination",
+         "image_patches": "fine structure at a place"}  # what a component of `default` speaks of
 
 
 @dataclass
@@ -155,13 +156,14 @@ class Detector:
         """All that is `Seen` of `Images`, by one of the scores."""
         features, score = self.features(images, first), score or self.score
         said = [member.say(of) for member, of in zip(self.members, features, strict=True)]
-        parts = [name for name in said[0] if name.startswith(f"{score}.")]
+        parts = [name for name in said[0] if name.startswith(f"{score}.") and all(name in of for of in said)]
         components = {name.split(".")[1]: self.p_values(name, said) for name in parts}
         speaks = [score] * len(images.pixels)
         if components:  # the smallest p-value speaks; of equal ones, beyond all that calibrate, the largest surprise
             p = np.stack(list(components.values()))
-            surprise = np.mean([member.scores[score].surprises([of[name] for name in parts]).numpy()
-                                for member, of in zip(self.members, said, strict=True)], 0)
+            surprises = [member.scores[score].surprises({name.split(".")[1]: of[name] for name in parts})
+                         for member, of in zip(self.members, said, strict=True)]
+            surprise = np.mean([torch.stack(list(of.values())).numpy() for of in surprises], 0)
             speaks = [list(components)[i] for i in np.where(p == p.min(0), surprise, -1).argmax(0)]
         views = [member.viewed(of) for member, of in zip(self.members, features, strict=True)]
         return Seen({name: self.mean(name, said) for name in self.scores}, self.p_values(score, said), components,

@@ -113,8 +113,8 @@ class Features:
 
     `dequantized`: (seed, number of the first image) of the noise that a model trained with --dequantize sees, or None.
     groups [N]: equal for images of one thing, by default each is one.
-    nll, iw_nll [N]: nats, of `likelihoods()`, which returns what `likelihood.evaluate` does, of training images perhaps
-    for the first ones alone. mu, log_sigma [N, kappa].
+    images: themselves. nll, iw_nll [N]: nats, of `likelihoods()`, which returns what `likelihood.evaluate` does, of
+    training images perhaps for the first ones alone. mu, log_sigma [N, kappa].
     path [N, 3]: log norms of the residual x - mu_x(mu_z), of mu_z and of sigma_z. residual_spectrum, image_spectrum
     [N, bands x colours]: `band_log_energies`. residual_regions, image_regions, and residual_fine, of the high-passed
     residual [N, 7 x colours]: `region_log_energies`. pixels [N, 2]: mean, log variance. code_bits [N]. regret [N],
@@ -127,6 +127,8 @@ class Features:
         self.known["groups"], self.dequantized = np.arange(len(images)) if groups is None else groups, dequantized
 
     def __getitem__(self, name):
+        if name == "images":
+            return self.images
         if name in LIKELIHOODS:
             return self.likelihoods()[name]
         if name not in self.known:
@@ -143,7 +145,8 @@ class Part:
         self.whole, self.rows, self.device = whole, rows, whole.device
 
     def __getitem__(self, name):
-        return self.whole[name][self.rows]
+        values = self.whole[name]
+        return values[torch.from_numpy(np.arange(len(values))[self.rows])] if name == "images" else values[self.rows]
 
 
 def _batches(model, images, dequantized=None):
