@@ -24,6 +24,11 @@ def read(features, names):
     return torch.cat([torch.as_tensor(features[name]).double().reshape(len(features[name]), -1) for name in names], 1)
 
 
+def of_pictures(values, features, by=np.max):
+    """The values of pictures [N, ...] from those of their tiles [N x tiles, ...], by default the largest."""
+    return values if features.tiles == 1 else by(values.reshape(-1, features.tiles, *values.shape[1:]), 1)
+
+
 class Fitted(torch.nn.Module):
     """A score, fitted: features -> scores [N], by a density or a function of what it reads."""
 
@@ -32,7 +37,7 @@ class Fitted(torch.nn.Module):
         self.reads, self.density = reads, density
 
     def forward(self, features):
-        return self.density(read(features, self.reads)).numpy()
+        return of_pictures(self.density(read(features, self.reads)).numpy(), features)
 
     def said(self, name, features):
         """{name: scores [N]}: the score's own, and its components' as name.component."""
@@ -58,7 +63,7 @@ class Combined(torch.nn.Module):
     def whitened(self, features):
         """What `joint` reads, in its whitened coordinates [N, D], float32."""
         joint = self.components[COMPONENTS.index("joint")]
-        return joint.density.whitened(read(features, joint.reads)).float().numpy()
+        return of_pictures(joint.density.whitened(read(features, joint.reads)).float().numpy(), features, np.mean)
 
     def said(self, name, features):
         """{name: scores [N]}: the score's own, and its components' as name.component."""
