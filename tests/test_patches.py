@@ -12,7 +12,7 @@ N = 240
 
 
 class Pictures(dict):
-    device = torch.device("cpu")
+    device, tiles = torch.device("cpu"), 1
 
     def __init__(self, images):
         super().__init__(images=images, groups=np.arange(len(images)))

@@ -21,7 +21,8 @@ from vae_ood.cli import complete, pick_device
 from vae_ood.data.groups import group, parts, smallest_rate, split_of, things_needed
 from vae_ood.data.images import Images
 from vae_ood.data.likeness import digests, farther, near, numbered
-from vae_ood.data.own import AUTO, sized, to_pixels
+from vae_ood.data.own import AUTO, WHOLE, sized, to_pixels
+from vae_ood.data.tiles import Tiles, picture_shape, put_together, tiled
 from vae_ood.features import DECODED_OFTEN, decoded_means
 from vae_ood.member import COMPARED, FIT_IMAGES, Member, measure
 from vae_ood.metrics import benjamini_hochberg, conformal_p_values, set_p_value
@@ -81,21 +82,23 @@ class Detector:
 
     @classmethod
     def fit(cls, images, alpha=1.0, kappa=32, recipe="fast", iters=None, groups=None, fpr=0.05, seed=0, device="auto",
-            size=AUTO, crop=None):
+            size=AUTO, crop=None, tile=None):
         """Train a VAE on images of ordinary things and fit the detector, as `run.py --data images` does.
 
         `images` are as those that it scores. groups [N]: equal for images of one thing; by default what is alike is
         one. fpr: the smallest false-alarm rate that will be asked for, which decides how many things are held out to
         calibrate. size, N or (H, W), and crop, "centre", "pad" or "stretch": how images are scaled; by default a list
-        to 64x64, unless all have one smaller size, and an array not at all. Raises UserError for too few images.
+        to 64x64, unless all have one smaller size, and an array not at all. tile: the side in pixels of the square
+        tiles that the pictures are cut into, so that they keep their size. Raises UserError for too few images.
         """
         args = SimpleNamespace(
             data="images", sprite_factors=4, skip_bad=False, dequantize=False, alpha=alpha, kappa=kappa, gamma=None,
             schedule=None, iters=iters, batch_size=64, lr=None, seed=seed, amp=False, recipe=recipe, compile=None,
-            checkpoint_seconds=math.inf, keep=1, keep_at=[], folds=1, range=None, cache=None, max_images=None,
+            checkpoint_seconds=math.inf, keep=1, keep_at=[], folds=1, range=None, cache=None, max_images=None, tile=tile,
             group_by="near" if groups is None else "labels", iw_samples=16)
         complete(args)
-        pixels, args.size, args.crop = sized(images, [size, size] if isinstance(size, int) else size, crop)
+        pixels, args.size, args.crop = sized(
+            images, [size, size] if isinstance(size, int) else WHOLE if tile and size == AUTO else size, crop)
         own = Images("images", pixels)
         if groups is not None and len(groups) != len(own.pixels):
             raise UserError(f"{len(groups):,} groups for {len(own.pixels):,} images: give one of each")
@@ -104,8 +107,8 @@ class Detector:
             split = split_of(own, names, labels, fpr)
             sets = parts(own, split)
             validation = sets.pop("validation", None)
-            model, config = train(args, sets["train"].pixels, Path(folder), pick_device(device), split,
-                                  validation and validation.pixels)
+            model, config = train(args, tiled(sets["train"].pixels, tile), Path(folder), pick_device(device), split,
+                                  validation and tiled(validation.pixels, tile))
             sets["train"] = sets["train"].first(FIT_IMAGES)
             return cls.of(config, [Member.fit(model, config, sets, ["default"], args)], args)
 
@@ -127,7 +130,7 @@ class Detector:
         try:
             config = state["config"]
             found = cls(config, [Member.restore(path, config, member, device) for member in state["members"]])
-            one = Images("one", torch.zeros(1, *config["shape"], dtype=torch.uint8))  # to see that all of it fits
+            one = Images("one", torch.zeros(1, *picture_shape(config), dtype=torch.uint8))  # to see that all of it fits
             found.look(one)
             return found
         except Exception as error:  # anything that a damaged or tampered file may hold
@@ -135,7 +138,7 @@ class Detector:
 
     def images(self, images):
         """`Images` of the model's shape."""
-        return Images("images", to_pixels(images, self.config["shape"], self.config.get("range"),
+        return Images("images", to_pixels(images, picture_shape(self.config), self.config.get("range"),
                                           self.config.get("crop")))
 
     def features(self, images, first=0):
@@ -210,8 +213,13 @@ class Detector:
 
     def reconstructed(self, rows):
         """The rows, with their reconstructions."""
+        if not rows:
+            return rows
         images = torch.from_numpy(np.stack([row["image"] for row in rows])).permute(0, 3, 1, 2)
-        for row, mean in zip(rows, decoded_means(self.members[0].model, images), strict=True):
+        model, tile = self.members[0].model, self.config.get("tile")
+        means = decoded_means(model, images) if not tile else (put_together(decoded_means(
+            model, Tiles.covering(image[None], tile)), image.shape, tile) for image in images)
+        for row, mean in zip(rows, means, strict=True):
             row["reconstruction"] = mean
         return rows
 

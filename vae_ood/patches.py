@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vae_ood.densities import Gaussian, Tail, under
+from vae_ood.features import of_pictures
 from vae_ood.likelihood import exact_convolutions
 from vae_ood.parallel import from_first, spread
 
@@ -132,7 +133,8 @@ class Patches(torch.nn.Module):
         return any(scale.holds for scale in self.scales)
 
     def forward(self, features):
-        """The sum of the scales' surprises, of those that hold if one does: float64 [N]."""
+        """The sum of the scales' surprises, of those that hold if one does: float64 [N]; of tiles,
+        each picture's largest."""
         chosen = [scale for scale in self.scales if scale.holds] or self.scales
         images = features["images"]
 
@@ -140,7 +142,7 @@ class Patches(torch.nn.Module):
             own = images[part].to(features.device)
             return {"surprise": sum((scale(own) for scale in chosen), torch.zeros(len(own), dtype=torch.float64,
                                                                                  device=own.device)).cpu().numpy()}
-        return spread(compute, len(images))["surprise"]
+        return of_pictures(spread(compute, len(images))["surprise"], features)
 
     def said(self, name, features):
         """{name: scores [N]}."""

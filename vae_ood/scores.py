@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vae_ood.densities import ECOD, Gaussian, Mixture, Tail, Typicality, under
-from vae_ood.features import Part
+from vae_ood.features import Part, of_pictures
 from vae_ood.parallel import from_first
 from vae_ood.patches import Patches
 
@@ -34,7 +34,7 @@ class Fitted(torch.nn.Module):
         self.reads, self.density = reads, density
 
     def forward(self, features):
-        return self.density(read(features, self.reads)).numpy()
+        return of_pictures(self.density(read(features, self.reads)).numpy(), features)
 
     def said(self, name, features):
         """{name: scores [N]}: the score's own, and its components' as name.component."""
@@ -71,7 +71,7 @@ class Combined(torch.nn.Module):
     def whitened(self, features):
         """What `joint` reads, in its whitened coordinates [N, D], float32."""
         joint = self.components[COMPONENTS.index("joint")]
-        return joint.density.whitened(read(features, joint.reads)).float().numpy()
+        return of_pictures(joint.density.whitened(read(features, joint.reads)).float().numpy(), features, np.mean)
 
     def said(self, name, features):
         """{name: scores [N]}: the score's own, and its components' as name.component."""

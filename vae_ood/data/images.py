@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 # streams of random numbers
-SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR, REGRET, CORRUPTION, DEQUANTISATION = range(8)
+SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR, REGRET, CORRUPTION, DEQUANTISATION, TILING = range(9)
 
 
 @dataclass
@@ -91,6 +91,12 @@ def inside(h, w, height, width):
     if h * width > w * height:
         return height, max(1, round(w * height / h))
     return max(1, round(h * width / w)), width
+
+
+def at_most(pixels, side):
+    """Pictures [N, C, H, W] scaled down to `side` pixels on the longer side, if they are larger."""
+    h, w = pixels.shape[2:]
+    return convert(pixels, (None, *inside(h, w, side, side)), "stretch") if max(h, w) > side else pixels
 
 
 def convert(pixels, shape, crop=None, of=None):
