@@ -29,7 +29,7 @@ from vae_ood.parallel import from_first
 from vae_ood.scores import SCORES
 from vae_ood.training import train
 
-FORMAT = 2  # 1 had no `view`
+FORMAT = 3  # 1 had no `view`, 2 no `maps`
 LEAST_THINGS = 5  # of which is said whether as a set they are like the training data
 WORDS = {"residual_spectrum": "fine texture", "residual_regions": "texture of a region",
          "likelihood_path": "how well it is reconstructed", "latents": "layout, as the latents see it",
@@ -128,6 +128,8 @@ class Detector:
             found = cls(config, [Member.restore(path, config, member, device) for member in state["members"]])
             one = Images("one", torch.zeros(1, *config["shape"], dtype=torch.uint8))  # to see that all of it fits
             found.look(one)
+            for member in found.members:
+                member.map(one.pixels)
             return found
         except Exception as error:  # anything that a damaged or tampered file may hold
             raise UserError(f"{path} is damaged: its content does not fit ({type(error).__name__})") from None
@@ -190,15 +192,26 @@ class Detector:
         p = self.p_value(images)
         return p <= fpr + 1e-9 if fdr is None else benjamini_hochberg(p, fdr)
 
+    def map(self, images):
+        """Where each image is odd, float32 [N, H, W] of the model's size: by how many standard deviations it differs
+        there from the training images, by the first of the folds."""
+        return self.members[0].map(self.images(images).pixels).numpy()
+
+    def map_threshold(self, fpr=0.05):
+        """The value that of new things' maps at most a share `fpr` exceed at any pixel; infinite where fewer than
+        1 / fpr - 1 things calibrate (of folds, the first one's)."""
+        return self.members[0].map_threshold(fpr)
+
     def explain(self, images):
         """For each image a dict: score, p_value, components {name: p-value} where the score is `default`, component
         (the one of the smallest p-value, or the score), speaks (of what it speaks), image and reconstruction (uint8
-        [H, W, C]), likeness to the nearest training image, known (whether it shows what a training image shows)."""
+        [H, W, C]), map (as `map` gives it), likeness to the nearest training image, known (whether it shows what a
+        training image shows)."""
         own = self.images(images)
         return self.reconstructed(self.rows(own, self.look(own), range(len(own.pixels))))
 
     def rows(self, images, seen, which, score=None):
-        """What `explain` gives of some of `Images`, without the reconstructions."""
+        """What `explain` gives of some of `Images`, without the reconstructions and maps."""
         score = score or self.score
         return [{"score": float(seen.scores[score][i]), "p_value": float(seen.p_value[i]),
                  "components": {name: float(p[i]) for name, p in seen.components.items()},
@@ -207,10 +220,11 @@ class Detector:
                  "known": bool(seen.known[i])} for i in which]
 
     def reconstructed(self, rows):
-        """The rows, with their reconstructions."""
-        images = torch.from_numpy(np.stack([row["image"] for row in rows])).permute(0, 3, 1, 2)
-        for row, mean in zip(rows, decoded_means(self.members[0].model, images), strict=True):
-            row["reconstruction"] = mean
+        """The rows, with their reconstructions and maps."""
+        images, member = torch.from_numpy(np.stack([row["image"] for row in rows])).permute(0, 3, 1, 2), self.members[0]
+        means = decoded_means(member.model, images)
+        for row, mean, where in zip(rows, means, member.map(images).numpy(), strict=True):
+            row |= {"reconstruction": mean, "map": where}
         return rows
 
     def compare(self, pixels):
