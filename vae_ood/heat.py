@@ -3,7 +3,7 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import make_folder
 from vae_ood.data.decoding import SOFTWARE
+from vae_ood.data.groups import things_needed
 from vae_ood.data.images import placed_back
+from vae_ood.maps import CALIBRATED
 
 NOTHING = 255  # the colour's number where a map has no value
 SHOWN = 192  # pixels: of the longer side of a marked picture, at least
 WRITERS = 4  # files at once
 COLOURS = np.concatenate([  # of 0 to the threshold, and of what lies above: told apart in gray too
-    np.linspace((8, 10, 24), (62, 86, 130), 128), np.linspace((255, 96, 20), (255, 245, 170), 127), np.zeros((1, 3))
+    np.linspace((8, 10, 24), (96, 128, 180), 128), np.linspace((255, 96, 20), (255, 245, 170), 127), np.zeros((1, 3))
 ]).round().astype(np.uint8)
 
 
@@ -32,6 +34,16 @@ class Scale:
     fpr: float
     top: float
     meaning: str
+
+
+def scale_of(member, fpr):
+    """The `Scale` of a member's maps at the false-alarm rate `fpr`."""
+    threshold, things = member.map_threshold(fpr), len(np.unique(member.groups[:CALIBRATED]))
+    if math.isfinite(threshold):
+        return Scale(threshold, fpr, 2 * threshold, f"maps: marked is what at most {fpr:.1%} of ordinary pictures show "
+                     f"anywhere, above {threshold:.2f} standard deviations ({things:,} things)")
+    return Scale(threshold, fpr, float(member.peaks.max()), f"maps: nothing is marked, as {things_needed(fpr):,} "
+                 f"things must calibrate them for a rate of {fpr:g}, and there are {things:,}")
 
 
 def colours(values, scale):
@@ -60,9 +72,13 @@ class MapFiles:
     NaN where the crop leaves the picture out) of its own name; maps.json says what they are."""
 
     def __init__(self, folder, kind, source, scale, crop):
-        """source: the path of what is scored. Raises UserError where the folder holds anything else."""
-        self.folder, self.kind, self.scale, self.crop, self.cropped = Path(folder), kind, scale, crop, 0
-        if kind == "png":
+        """source: the path of what is scored, whose images `convert` makes by `crop`."""
+        self.folder, self.kind, self.source, self.scale, self.crop = Path(folder), kind, source, scale, crop
+        self.cropped = 0
+
+    def claim(self):
+        """Make the folder. Raises UserError where it holds anything but maps of the same pictures."""
+        if self.kind == "png":
             try:
                 import PIL  # noqa: F401
             except ImportError:
@@ -71,11 +87,12 @@ class MapFiles:
         make_folder(self.folder)
         record = self.folder / "maps.json"
         theirs = json.loads(record.read_text()) if record.exists() else {}
-        if any(self.folder.iterdir()) and theirs.get("score") != source:
-            raise UserError(f"--maps {folder}: the folder is not empty: give a new one")
-        checkpoint.write_atomic(record, (json.dumps({
-            "score": source, "threshold": scale.threshold if math.isfinite(scale.threshold) else None,
-            "fpr": scale.fpr, "top": scale.top, "meaning": scale.meaning}) + "\n").encode())
+        if any(self.folder.iterdir()) and theirs.get("score") != self.source:
+            raise UserError(f"--maps {self.folder}: the folder is not empty: give a new one")
+        found = {"score": self.source} | asdict(self.scale)
+        if not math.isfinite(self.scale.threshold):
+            found["threshold"] = None
+        checkpoint.write_atomic(record, (json.dumps(found) + "\n").encode())
 
     def add(self, images, maps, first):
         """Write the maps float32 [N, H, W] of `Images`, the first of which has the number `first`. Raises UserError."""

@@ -21,13 +21,14 @@ from vae_ood.cli import RANK, Progress, duration, lock, make_folder, printable
 from vae_ood.data.groups import smallest_rate, things_needed
 from vae_ood.data.images import Images
 from vae_ood.data.own import open_own
+from vae_ood.heat import MapFiles, scale_of
 from vae_ood.member import COMPARED
 from vae_ood.metrics import benjamini_hochberg, confident_rank, cross_bound, false_alarm_range
-from vae_ood.parallel import agree, any_worker, from_first
+from vae_ood.parallel import agree, any_worker, from_first, spread
 
 BLOCK, BLOCK_BYTES = 4_000, 2**27  # images, and bytes of pixels at most, that are read and scored at once
 TABLE = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # to open one with names of any bytes
-PRINTED, FIGURE, LISTED = 10, 16, 200  # the most outlying images that are listed, in outliers.png and in report.html
+PRINTED, FIGURE, LISTED = 10, 18, 200  # the most outlying images that are listed, in outliers.png and in report.html
 
 
 def folder_of_scores(out, source, named):
@@ -140,7 +141,8 @@ def score_images(detector, args, out):
         raise UserError(f"--score {args.score}: there is no such folder or file")
     source = open_own(path, config["skip_bad"] or args.skip_bad, config.get("range"))
     rank = None if args.fdr else largest_rank(args, detector.things, len(detector.members))
-    limit = None if args.fdr else (args.fpr if args.confidence is None else rank / (detector.things + 1)) + 1e-9
+    rate = args.fpr if args.fdr or args.confidence is None else rank / (detector.things + 1)
+    limit = None if args.fdr else rate + 1e-9
     if str(path) == config["data"]:
         print("note: the model was trained on these images; the false-alarm rate holds for new ones only")
     agree({}, [config["images_crc32"], score, args.fpr, args.fdr, args.confidence, len(source),
@@ -153,15 +155,20 @@ def score_images(detector, args, out):
             except BlockingIOError:
                 raise UserError(f"another scoring writes to {folder}: wait for it, or give another --out") from None
             return str(folder)
-        folder = Path(from_first(claim))
+        folder, scale = Path(from_first(claim)), scale_of(detector.members[0], rate)
+        files = args.maps and MapFiles(args.maps, args.maps_format, str(path), scale, config.get("crop"))
+        if files:
+            from_first(files.claim)
         scored = Scored(detector, score, limit)
-        write_rows(source, scored, folder)
+        write_rows(source, scored, folder, files)
         for note in source.notes(config["shape"]):
             print(f"{source.name}: {note}")
         if not scored.n:
             raise UserError(f"not one of the {len(source):,} pictures in {path} can be decoded")
         if RANK == 0:
-            finish(scored, rank, args, folder, path.name)
+            finish(scored, rank, args, folder, path.name, scale)
+            if files:
+                print(*files.said(), sep="\n")
 
 
 def next_block(images):
@@ -176,9 +183,16 @@ def next_block(images):
     return found
 
 
-def write_rows(source, scored, out):
+def write_maps(detector, images, first, files):
+    """Write the maps of `Images`, the first of which has the number `first`, made by all workers, to `MapFiles`."""
+    maps = spread(lambda part: {"map": detector.members[0].map(images.pixels[part]).numpy()}, len(images.pixels))["map"]
+    if RANK == 0:
+        files.add(images, maps, first)
+
+
+def write_rows(source, scored, out, files=None):
     """Score all images of the source, `Scored`, into scores.part.csv, row by row, which is kept where that ends
-    early. Raises UserError."""
+    early, and their maps into `MapFiles` where there are some. Raises UserError."""
     part, begun, bar = out / "scores.part.csv", time.monotonic(), Progress(len(source), label="image")
     config, written, end = scored.detector.config, 0, 0  # images whose rows are whole, and where these end
     images = blocks(source, config["shape"], config.get("crop"))
@@ -187,6 +201,8 @@ def write_rows(source, scored, out):
         writer = csv.writer(checkpoint.Lines(file))
         while block := next_block(images):
             agree({"score": block}, [])
+            if files:
+                write_maps(scored.detector, block, scored.n, files)
             columns = scored.add(block)
             if not written:
                 writer.writerow(columns)
@@ -212,8 +228,9 @@ def write_rows(source, scored, out):
         bar.close()
 
 
-def finish(scored, rank, args, out, title):
-    """Write what a person decides with, and print the most outlying images and what the flags are worth."""
+def finish(scored, rank, args, out, title, scale):
+    """Write what a person decides with, maps by the `Scale`, and print the most outlying images and what the flags are
+    worth."""
     p, detector = np.concatenate(scored.p), scored.detector
     if args.fdr:
         flagged = benjamini_hochberg(p, args.fdr)
@@ -222,12 +239,12 @@ def finish(scored, rank, args, out, title):
     for name in ("outliers.png", "report.html"):  # of an earlier scoring
         (out / name).unlink(missing_ok=True)
     os.replace(out / "scores.part.csv", out / "scores.csv")
-    most = [row | {"outlier": row["p_value"] <= scored.limit} for row in scored.most]
+    most = [row | {"outlier": row["p_value"] <= scored.limit, "scale": scale} for row in scored.most]
     print(f"\n{'image':<40}{scored.score:>19}{'p-value':>10}")
     for row in most[:PRINTED]:
         print(f"{printable(row['name'])[-39:]:<40}{row['score']:>12.1f}{'':7}{row['p_value']:>10.4f}"
               f"{'  outlier' if row['outlier'] else '':9}  {row['speaks']}".rstrip())
-    lines = [*said_of_the_set(scored, p), *said_of_the_flags(scored, p, rank, args)]
+    lines = [*said_of_the_set(scored, p), *said_of_the_flags(scored, p, rank, args), scale.meaning]
     print(*lines, sep="\n")
     detector.reconstructed(most)
     shown = {row["index"] for row in most[:FIGURE]}
