@@ -5,9 +5,9 @@
     python eval.py --detector detector.pt --score PATH                 the same, with that file alone
 
 The first writes metrics.json, scores.csv, nll_histogram.png and mutual_information.png to --out (default: beside the
-checkpoint). The others write scores.csv with a p-value for each image, outliers.png, the 16 most and the 16 least
+checkpoint). The others write scores.csv with a p-value for each image, outliers.png, the 18 most and the 18 least
 outlying, and report.html, the 200 most outlying to sort in a browser (default --out: score-<name> beside the
-checkpoint, or here).
+checkpoint, or here); with --maps also where each picture is odd.
 """
 
 import argparse
@@ -33,11 +33,16 @@ def parse_args():
     group.add_argument("--fdr", type=rate, metavar="Q", help="flag so that of the flagged at most the share Q is "
                        "ordinary, on average, in place of a false-alarm rate (Benjamini and Hochberg; proven for "
                        "pictures that are each a thing of their own)")
+    group.add_argument("--maps", metavar="DIR", help="write there where each picture is odd, at its own size")
+    group.add_argument("--maps-format", choices=("png", "npy"), default="png", help="pictures, of one scale of colours "
+                       "(default), or arrays of standard deviations")
     group.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be decoded")
     add_evaluation_arguments(parser)
     args = parser.parse_args()
     if bool(args.ckpt) == bool(args.detector):
         parser.error("give --ckpt, or --detector, which --score alone takes")
+    if args.maps and not args.score:
+        parser.error("--maps: give --score PATH, whose pictures are mapped")
     if args.fdr and args.confidence:
         parser.error("--confidence is of the false-alarm rate: give it or --fdr")
     if args.detector and (args.fit or not args.score):

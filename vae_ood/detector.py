@@ -30,7 +30,7 @@ from vae_ood.parallel import from_first
 from vae_ood.scores import SCORES
 from vae_ood.training import train
 
-FORMAT = 3  # 1 had no `view`, 2 no patches
+FORMAT = 3  # 1 had no `view`, 2 neither maps nor patches
 LEAST_THINGS = 5  # of which is said whether as a set they are like the training data
 WORDS = {"residual_spectrum": "fine texture", "residual_regions": "texture of a region",
          "likelihood_path": "how well it is reconstructed", "latents": "layout, as the latents see it",
@@ -94,8 +94,8 @@ class Detector:
         args = SimpleNamespace(
             data="images", sprite_factors=4, skip_bad=False, dequantize=False, alpha=alpha, kappa=kappa, gamma=None,
             schedule=None, iters=iters, batch_size=64, lr=None, seed=seed, amp=False, recipe=recipe, compile=None,
-            checkpoint_seconds=math.inf, keep=1, keep_at=[], folds=1, range=None, cache=None, max_images=None, tile=tile,
-            group_by="near" if groups is None else "labels", iw_samples=16)
+            checkpoint_seconds=math.inf, keep=1, keep_at=[], folds=1, range=None, cache=None, max_images=None,
+            tile=tile, group_by="near" if groups is None else "labels", iw_samples=16)
         complete(args)
         pixels, args.size, args.crop = sized(
             images, [size, size] if isinstance(size, int) else WHOLE if tile and size == AUTO else size, crop)
@@ -132,6 +132,8 @@ class Detector:
             found = cls(config, [Member.restore(path, config, member, device) for member in state["members"]])
             one = Images("one", torch.zeros(1, *picture_shape(config), dtype=torch.uint8))  # to see that all of it fits
             found.look(one)
+            for member in found.members:
+                member.map(one.pixels)
             return found
         except Exception as error:  # anything that a damaged or tampered file may hold
             raise UserError(f"{path} is damaged: its content does not fit ({type(error).__name__})") from None
@@ -195,15 +197,26 @@ class Detector:
         p = self.p_value(images)
         return p <= fpr + 1e-9 if fdr is None else benjamini_hochberg(p, fdr)
 
+    def map(self, images):
+        """Where each image is odd, float32 [N, H, W] of the model's size: by how many standard deviations it differs
+        there from the training images, by the first of the folds."""
+        return self.members[0].map(self.images(images).pixels).numpy()
+
+    def map_threshold(self, fpr=0.05):
+        """The value that of new things' maps at most a share `fpr` exceed at any pixel; infinite where fewer than
+        1 / fpr - 1 things calibrate (of folds, the first one's)."""
+        return self.members[0].map_threshold(fpr)
+
     def explain(self, images):
         """For each image a dict: score, p_value, components {name: p-value} where the score is `default`, component
         (the one of the smallest p-value, or the score), speaks (of what it speaks), image and reconstruction (uint8
-        [H, W, C]), likeness to the nearest training image, known (whether it shows what a training image shows)."""
+        [H, W, C]), map (as `map` gives it), likeness to the nearest training image, known (whether it shows what a
+        training image shows)."""
         own = self.images(images)
         return self.reconstructed(self.rows(own, self.look(own), range(len(own.pixels))))
 
     def rows(self, images, seen, which, score=None):
-        """What `explain` gives of some of `Images`, without the reconstructions."""
+        """What `explain` gives of some of `Images`, without the reconstructions and maps."""
         score = score or self.score
         return [{"score": float(seen.scores[score][i]), "p_value": float(seen.p_value[i]),
                  "components": {name: float(p[i]) for name, p in seen.components.items()},
@@ -212,15 +225,16 @@ class Detector:
                  "known": bool(seen.known[i])} for i in which]
 
     def reconstructed(self, rows):
-        """The rows, with their reconstructions."""
+        """The rows, with their reconstructions and maps."""
         if not rows:
             return rows
         images = torch.from_numpy(np.stack([row["image"] for row in rows])).permute(0, 3, 1, 2)
-        model, tile = self.members[0].model, self.config.get("tile")
-        means = decoded_means(model, images) if not tile else (put_together(decoded_means(
-            model, Tiles.covering(image[None], tile)), image.shape, tile) for image in images)
-        for row, mean in zip(rows, means, strict=True):
-            row["reconstruction"] = mean
+        member, tile = self.members[0], self.config.get("tile")
+        means = decoded_means(member.model, images) if not tile else (put_together(decoded_means(
+            member.model, Tiles.covering(image[None], tile)), image.shape, tile).round().astype(np.uint8)
+            for image in images)
+        for row, mean, where in zip(rows, means, member.map(images).numpy(), strict=True):
+            row |= {"reconstruction": mean, "map": where}
         return rows
 
     def compare(self, pixels):

@@ -185,6 +185,13 @@ def decoded_means(model, images):
     return (255 * torch.cat(means)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+@torch.inference_mode()
+@exact_convolutions
+def residuals(model, images):
+    """x - mu_x(mu_z) of uint8 images [N, C, H, W], float32, on the model's device."""
+    return torch.cat([x - _decode(model, model.encode(x)[0]) for x in _batches(model, images)])
+
+
 def _gather(parts):
     """Lists of tensors as float64 arrays."""
     return {name: torch.cat(list(values)).cpu().double().numpy() for name, values in parts.items()}

@@ -9,9 +9,11 @@ import torch
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import Progress
 from vae_ood.data.likeness import Nearest
-from vae_ood.data.tiles import Tiles, at_once, sampled, tiles_of
+from vae_ood.data.tiles import Tiles, at_once, put_together, sampled, tiles_of
 from vae_ood.features import Features
 from vae_ood.likelihood import evaluate
+from vae_ood.maps import CALIBRATED, Maps, threshold
+from vae_ood.parallel import from_first, spread
 from vae_ood.scores import SCORES
 
 FIT_IMAGES = 30_000  # of the training set: scores are fitted to so many, where --max-images does not say
@@ -51,12 +53,14 @@ def finite(name, scores):
 class Member:
     """A model, its scores fitted to its training images, and what they say of inliers that it has not seen."""
 
-    def __init__(self, model, scores, said, groups, nearest, held_out, seen, view=None):
+    def __init__(self, model, scores, said, groups, nearest, held_out, seen, view=None, maps=None, peaks=None):
         """`said` {name: [n]}: the scores of the images that calibrate, of `groups` [n]; `held_out`: distance and local
         scale [m] of the first of these to the training images `nearest`; `view` [m, D]: what sets are compared by, of
-        the same images, None without `default`; `seen`: how many images have had noise."""
+        the same images, None without `default`; `seen`: how many images have had noise; `maps` of where an image is
+        odd, and the largest value of each of the first images that calibrate, `peaks` [k]."""
         self.model, self.scores, self.said, self.groups = model, scores, said, np.asarray(groups, np.int64)
         self.nearest, self.held_out, self.seen, self.view = nearest, held_out, seen, view
+        self.maps, self.peaks = maps, peaks
 
     @classmethod
     def fit(cls, model, config, inliers, scores, args, fitted=None):
@@ -70,6 +74,10 @@ class Member:
         member = cls(model, scores, {}, groups, nearest, nearest.distance(test.pixels[:COMPARED]), n)
         member.said, member.view = member.heard(config, test, args)
         member.seen = n + len(test.pixels)
+        state, some = from_first(lambda: Maps.fit(model, fitted.images).cpu().state_dict()), test.pixels[:CALIBRATED]
+        member.maps = Maps(**state).to(model.log_gamma.device)
+        member.peaks = finite("map", spread(lambda part: {
+            "peaks": member.map(some[part]).amax((1, 2)).numpy()}, len(some))["peaks"])
         return member
 
     def heard(self, config, images, args):
@@ -83,6 +91,19 @@ class Member:
             views.append(self.viewed(features))
         return ({name: np.concatenate([of[name] for of in said]) for name in said[0]},
                 None if views[0] is None else np.concatenate(views)[:COMPARED])
+
+    def map(self, pixels):
+        """The maps of uint8 pixels [N, C, H, W], float32 [N, H, W]; of pictures in tiles, the tiles' put together."""
+        if tuple(pixels.shape[1:]) == tuple(self.model.shape):
+            return self.maps(self.model, pixels)
+        tile = self.model.shape[1]
+        found = [put_together(self.maps(self.model, Tiles.covering(one[None], tile)).numpy()[..., None], one.shape,
+                              tile) for one in pixels]
+        return torch.from_numpy(np.stack(found)[..., 0])
+
+    def map_threshold(self, fpr):
+        """What a share `fpr` of ordinary pictures' maps, at most, exceed anywhere; infinite for too few things."""
+        return threshold(self.peaks, self.groups[:CALIBRATED], fpr)
 
     def say(self, features):
         """{name: scores [N]} of images' features."""
@@ -104,7 +125,8 @@ class Member:
                 "scores": {name: fitted.state_dict() for name, fitted in self.scores.items()},
                 "said": {name: torch.from_numpy(values) for name, values in self.said.items()},
                 "nearest": self.nearest.state_dict(), "held_out": [torch.from_numpy(v) for v in self.held_out],
-                "seen": self.seen, "view": None if self.view is None else torch.from_numpy(self.view)}
+                "seen": self.seen, "view": None if self.view is None else torch.from_numpy(self.view),
+                "maps": self.maps.state_dict(), "peaks": torch.from_numpy(self.peaks)}
 
     @classmethod
     def restore(cls, path, config, state, device):
@@ -114,8 +136,10 @@ class Member:
         scores = {name: SCORES[name].restore(values) for name, values in state["scores"].items()}
         said = {name: finite(name, values.numpy()) for name, values in state["said"].items()}
         groups, view = state["groups"].numpy(), state["view"]
-        if {groups.shape} != {values.shape for values in said.values()}:
+        peaks = finite("map", state["peaks"].numpy())
+        if {groups.shape} != {values.shape for values in said.values()} or len(peaks) != len(groups[:CALIBRATED]):
             raise ValueError("scores and groups")
         return cls(model, scores, said, groups, Nearest(**state["nearest"]),
                    tuple(v.numpy() for v in state["held_out"]), int(state["seen"]),
-                   None if view is None else finite("view", view.numpy()))
+                   None if view is None else finite("view", view.numpy()),
+                   Maps(**state["maps"]).to(model.log_gamma.device), peaks)

@@ -144,7 +144,8 @@ def page(folder):
         "# Inspection pictures: which are odd, and where", "",
         "Written by `python -m vae_ood.pictures` from the files in [pictures/](pictures). Magnetic tiles, split by "
         f"tile: {runs[0]['ordinary']} ordinary pictures of 41 tiles that no model saw are the inliers, "
-        f"{runs[0]['defect']} pictures with defects are the positive class. What there was to choose was chosen on the development part; "
+        f"{runs[0]['defect']} pictures with defects are the positive class. What there was to choose was chosen on the "
+        "development part; "
         f"the rest was looked at in the end. {len(runs)} seeds: the mean (lowest to highest). Caught: the share of "
         f"defects, in %, above the 95th percentile of the inliers. {over('minutes', digits=1)} minutes a seed on two "
         "cores, training included.", "",
@@ -154,11 +155,13 @@ def page(folder):
         *markdown(["pictures", "n", "`default` AUROC", "caught", "PaDiM AUROC", "caught"], rows), "",
         f"At `--fpr {RATE}`: {over('flagged', 'ordinary', digits=1, percent=True)}% of the ordinary pictures flagged, "
         f"{over('flagged', 'defect', digits=1, percent=True)}% of the defects. Maps above their threshold at any "
-        f"pixel: {over('above', 'ordinary', digits=1, percent=True)}% and {over('above', 'defect', digits=1, percent=True)}%.",
+        f"pixel: {over('above', 'ordinary', digits=1, percent=True)}% and "
+        f"{over('above', 'defect', digits=1, percent=True)}%.",
         "", "## Where", "",
         "Pixels of the masks against all others, of the defects and the ordinary pictures, each at its own size. "
         "AUPRO: the share of a defect's pixels above a threshold, a mean over "
-        f"{runs[0]['pictures']['all']['pixels']['regions']} defects and the thresholds that up to {100 * FALSE:.0f}% of the other pixels exceed.", "",
+        f"{runs[0]['pictures']['all']['pixels']['regions']} defects and the thresholds that up to {100 * FALSE:.0f}% "
+        "of the other pixels exceed.", "",
         *markdown(["pictures", "pixel AUROC", "AUPRO", "PaDiM pixel AUROC", "AUPRO"], where), "",
         "## What each part of `default` sees", "",
         *markdown(["part", "AUROC, all defects"], [[f"`{name}`", over("components", name)]

@@ -11,10 +11,11 @@ import numpy as np
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import printable
 from vae_ood.data.decoding import SOFTWARE
+from vae_ood.heat import marked
 from vae_ood.metrics import ACTIVE_NATS, latent_spectrum
 
 METADATA = {"Software": SOFTWARE}  # by which these figures are known, and never read as data
-PAGE, PANEL, DPI = 1200, 136, 120  # pixels: the width of outliers.png, that of each picture in it; and a figure's inch
+PAGE, PANEL, DPI = 1200, 124, 120  # pixels: the width of outliers.png, that of each picture in it; and a figure's inch
 THUMBNAIL = 96  # pixels: the longer side of a picture in report.html
 
 
@@ -94,18 +95,20 @@ def p_text(p):
 
 def panels(row):
     """{what: uint8 [H, W, C]} to show of a row, beside each other."""
-    return {"picture": row["image"], "reconstruction": row["reconstruction"]}
+    return {"picture": row["image"], "reconstruction": row["reconstruction"],
+            "where it is odd": marked(row["image"], row["map"], row["scale"])}
 
 
 def outliers(path, most, least, title):
-    """Write what a person decides with: of the rows `most`, the most outlying, the picture, its reconstruction, and
-    why; of the rows `least` the picture alone. Rows are those of `Detector.explain`, with an image and a name."""
+    """Write what a person decides with: of the rows `most`, the most outlying, the picture, its reconstruction, where
+    it is odd, and why; of the rows `least` the picture alone. Rows are those of `Detector.explain`, with a name,
+    outlier and the `Scale` of the maps."""
     from matplotlib.figure import Figure
     height, width = most[0]["image"].shape[:2]
     tall = round(min(max(PANEL * height / width, 0.25 * PANEL), 1.5 * PANEL))  # whatever shape the pictures have
     line, below = 17, 4 * 17 + 14
-    end = 78 + -(-len(most) // 4) * (tall + below)  # of the upper part
-    total = end + (34 if least else 0) + -(-len(least) // 8) * (tall + 30) + 6
+    end = 96 + -(-len(most) // 3) * (tall + below)  # of the upper part
+    total = end + (34 if least else 0) + -(-len(least) // 9) * (tall + 30) + 6
     figure = Figure(figsize=(PAGE / DPI, total / DPI), dpi=DPI)
 
     def write(x, y, text, size, family="sans-serif", **style):
@@ -118,9 +121,10 @@ def outliers(path, most, least, title):
         axes.imshow(image[..., 0] if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=255)
 
     write(12, 30, shortened(title, 95), 12, weight="bold")
-    write(12, 60, "most outlying: what the model saw, its reconstruction, and why", 10)
+    write(12, 60, "most outlying: what the model saw, its reconstruction, where it is odd, and why", 10)
+    write(12, 80, most[0]["scale"].meaning, 8, color="0.35")
     for i, row in enumerate(most):
-        x, y = 12 + i % 4 * 299, 78 + i // 4 * (tall + below)
+        x, y = 12 + i % 3 * 397, 96 + i // 3 * (tall + below)
         for j, image in enumerate(panels(row).values()):
             show(x + j * (PANEL + 6), y, image)
         y += tall + line
@@ -133,7 +137,7 @@ def outliers(path, most, least, title):
     if least:
         write(12, end + 14, "least outlying", 10)
     for i, row in enumerate(least):
-        x, y = 12 + i % 8 * 149, end + 32 + i // 8 * (tall + 30)
+        x, y = 12 + i % 9 * 131, end + 32 + i // 9 * (tall + 30)
         show(x, y, row["image"])
         write(x, y + tall + line, f"p = {p_text(row['p_value'])}", 8)
     figure.savefig(path, metadata=METADATA)
@@ -188,7 +192,7 @@ button:focus-visible, .table:focus-visible { outline: 2px solid var(--edge); }
 button::after { content: "\\00a0\\2195"; color: var(--quiet); }
 [aria-sort=ascending] button::after { content: "\\00a0\\25b2"; color: inherit; }
 [aria-sort=descending] button::after { content: "\\00a0\\25bc"; color: inherit; }
-@media screen and (min-width: 85rem) { .table { overflow: visible; } thead th { position: sticky; top: 0; } }
+@media screen and (min-width: 92rem) { .table { overflow: visible; } thead th { position: sticky; top: 0; } }
 @media print { @page { size: landscape; margin: 1cm; } body, .legend, thead th { font-size: 8pt; }
   tr { break-inside: avoid; } .table { overflow: visible; } button { display: contents; }
   button::after { display: none; } * { print-color-adjust: exact; } }
@@ -223,7 +227,7 @@ sortAsLinked();
 LEGEND = ("p: of new ordinary pictures at most a share p score as high. A component's p (p_…): the same of one part of "
           "the score; the part with the smallest, in bold, speaks. Score: larger is more outlying. Likeness: to the "
           "nearest training picture, at most 1; known: it shows what a training picture shows. Pictures: what the "
-          "model saw, then its reconstruction.")
+          "model saw, its reconstruction, and where it is odd, if anywhere, in colour.")
 
 
 def report(path, rows, title, lines):

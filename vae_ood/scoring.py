@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import RANK, Progress, duration, lock, make_folder, printable
@@ -22,14 +23,15 @@ from vae_ood.data.groups import smallest_rate, things_needed
 from vae_ood.data.images import Images, at_most
 from vae_ood.data.own import open_own
 from vae_ood.data.tiles import at_once, picture_shape
+from vae_ood.heat import MapFiles, scale_of
 from vae_ood.member import COMPARED
 from vae_ood.metrics import benjamini_hochberg, confident_rank, cross_bound, false_alarm_range
-from vae_ood.parallel import agree, any_worker, from_first
+from vae_ood.parallel import agree, any_worker, from_first, spread
 
 BLOCK = 4_000  # images at most that are read and scored at once
 TABLE = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # to open one with names of any bytes
 SHOWN, ALIKE = 256, 64  # pixels that are kept of a side of a picture in tiles, to show it and to tell what it shows
-PRINTED, FIGURE, LISTED = 10, 16, 200  # the most outlying images that are listed, in outliers.png and in report.html
+PRINTED, FIGURE, LISTED = 10, 18, 200  # the most outlying images that are listed, in outliers.png and in report.html
 
 
 def folder_of_scores(out, source, named):
@@ -129,6 +131,7 @@ class Scored:
                 for what in ("image", "reconstruction"):
                     row[what] = at_most(torch.from_numpy(row[what]).permute(2, 0, 1)[None], SHOWN)[0].permute(
                         1, 2, 0).numpy()
+                row["map"] = F.adaptive_max_pool2d(torch.from_numpy(row["map"])[None], row["image"].shape[:2])[0].numpy()
 
     def _draw(self, images, seen):
         """Add these to the sample: each image has a random key, and those of the smallest ones stay."""
@@ -150,7 +153,8 @@ def score_images(detector, args, out):
         raise UserError(f"--score {args.score}: there is no such folder or file")
     source = open_own(path, config["skip_bad"] or args.skip_bad, config.get("range"))
     rank = None if args.fdr else largest_rank(args, detector.things, len(detector.members))
-    limit = None if args.fdr else (args.fpr if args.confidence is None else rank / (detector.things + 1)) + 1e-9
+    rate = args.fpr if args.fdr or args.confidence is None else rank / (detector.things + 1)
+    limit = None if args.fdr else rate + 1e-9
     if str(path) == config["data"]:
         print("note: the model was trained on these images; the false-alarm rate holds for new ones only")
     agree({}, [config["images_crc32"], score, args.fpr, args.fdr, args.confidence, len(source),
@@ -163,15 +167,20 @@ def score_images(detector, args, out):
             except BlockingIOError:
                 raise UserError(f"another scoring writes to {folder}: wait for it, or give another --out") from None
             return str(folder)
-        folder = Path(from_first(claim))
+        folder, scale = Path(from_first(claim)), scale_of(detector.members[0], rate)
+        files = args.maps and MapFiles(args.maps, args.maps_format, str(path), scale, config.get("crop"))
+        if files:
+            from_first(files.claim)
         scored = Scored(detector, score, limit)
-        write_rows(source, scored, folder)
+        write_rows(source, scored, folder, files)
         for note in source.notes(picture_shape(config)):
             print(f"{source.name}: {note}")
         if not scored.n:
             raise UserError(f"not one of the {len(source):,} pictures in {path} can be decoded")
         if RANK == 0:
-            finish(scored, rank, args, folder, path.name)
+            finish(scored, rank, args, folder, path.name, scale)
+            if files:
+                print(*files.said(), sep="\n")
 
 
 def next_block(images):
@@ -186,9 +195,16 @@ def next_block(images):
     return found
 
 
-def write_rows(source, scored, out):
+def write_maps(detector, images, first, files):
+    """Write the maps of `Images`, the first of which has the number `first`, made by all workers, to `MapFiles`."""
+    maps = spread(lambda part: {"map": detector.members[0].map(images.pixels[part]).numpy()}, len(images.pixels))["map"]
+    if RANK == 0:
+        files.add(images, maps, first)
+
+
+def write_rows(source, scored, out, files=None):
     """Score all images of the source, `Scored`, into scores.part.csv, row by row, which is kept where that ends
-    early. Raises UserError."""
+    early, and their maps into `MapFiles` where there are some. Raises UserError."""
     part, begun, bar = out / "scores.part.csv", time.monotonic(), Progress(len(source), label="image")
     config, written, end = scored.detector.config, 0, 0  # images whose rows are whole, and where these end
     images = blocks(source, config)
@@ -197,6 +213,8 @@ def write_rows(source, scored, out):
         writer = csv.writer(checkpoint.Lines(file))
         while block := next_block(images):
             agree({"score": block}, [])
+            if files:
+                write_maps(scored.detector, block, scored.n, files)
             columns = scored.add(block)
             if not written:
                 writer.writerow(columns)
@@ -222,8 +240,9 @@ def write_rows(source, scored, out):
         bar.close()
 
 
-def finish(scored, rank, args, out, title):
-    """Write what a person decides with, and print the most outlying images and what the flags are worth."""
+def finish(scored, rank, args, out, title, scale):
+    """Write what a person decides with, maps by the `Scale`, and print the most outlying images and what the flags are
+    worth."""
     p, detector = np.concatenate(scored.p), scored.detector
     if args.fdr:
         flagged = benjamini_hochberg(p, args.fdr)
@@ -232,12 +251,12 @@ def finish(scored, rank, args, out, title):
     for name in ("outliers.png", "report.html"):  # of an earlier scoring
         (out / name).unlink(missing_ok=True)
     os.replace(out / "scores.part.csv", out / "scores.csv")
-    most = [row | {"outlier": row["p_value"] <= scored.limit} for row in scored.most]
+    most = [row | {"outlier": row["p_value"] <= scored.limit, "scale": scale} for row in scored.most]
     print(f"\n{'image':<40}{scored.score:>19}{'p-value':>10}")
     for row in most[:PRINTED]:
         print(f"{printable(row['name'])[-39:]:<40}{row['score']:>12.1f}{'':7}{row['p_value']:>10.4f}"
               f"{'  outlier' if row['outlier'] else '':9}  {row['speaks']}".rstrip())
-    lines = [*said_of_the_set(scored, p), *said_of_the_flags(scored, p, rank, args)]
+    lines = [*said_of_the_set(scored, p), *said_of_the_flags(scored, p, rank, args), scale.meaning]
     print(*lines, sep="\n")
     detector.reconstructed([row for row in most if "reconstruction" not in row])
     shown = {row["index"] for row in most[:FIGURE]}

@@ -74,7 +74,8 @@ class Arrays:
                     self.largest = max(self.largest, int(part.max()))
                     pixels.append(convert(part, shape, crop) if shape else part)
                 first += len(array)
-        return Images(self.name, pixels[0] if len(pixels) == 1 else torch.cat(pixels))
+        pixels = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+        return Images(self.name, pixels, sizes=np.tile(self.arrays[0].shape[2:], (len(pixels), 1)))
 
     def notes(self, shape=None):
         """What a reader would not expect of what was read so far, in lines."""

@@ -1,6 +1,7 @@
 """Images in memory, the streams of random numbers, and which images a training step takes."""
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +16,8 @@ SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR, REGRET, CORRUPTION, DEQUANTISAT
 class Images:
     """uint8 pixels [N, C, H, W]; `notes` says what was left out or converted; `files` names own pictures, else None;
     `groups` [N] are equal where images show one thing, None where each is a thing of its own; `given` is how many of
-    the first are for training, where the file says so."""
+    the first are for training, where the file says so; `sizes` [N, 2] are the heights and widths of what was read,
+    before conversion, where they are known."""
 
     name: str
     pixels: "torch.Tensor | Rows"
@@ -23,6 +25,7 @@ class Images:
     files: list[str] | None = None
     groups: np.ndarray | None = None
     given: int | None = None
+    sizes: np.ndarray | None = None
 
     def first(self, n):
         """The first n of the images."""
@@ -35,8 +38,8 @@ class Images:
             pixels = self.pixels[rows]
         else:
             pixels = self.pixels.take(rows) if isinstance(self.pixels, Rows) else self.pixels[torch.from_numpy(rows)]
-        return replace(self, pixels=pixels, files=files, groups=None if self.groups is None else self.groups[rows],
-                       given=None)
+        groups, sizes = (None if values is None else values[rows] for values in (self.groups, self.sizes))
+        return replace(self, pixels=pixels, files=files, groups=groups, sizes=sizes, given=None)
 
 
 class Rows:
@@ -98,6 +101,28 @@ def at_most(pixels, side):
     h, w = pixels.shape[2:]
     return convert(pixels, (None, *inside(h, w, side, side)), "stretch") if max(h, w) > side else pixels
 
+def kept(h, w, height, width, crop=None):
+    """(top, left, rows, columns) of a picture [h, w] that `convert` keeps for an image [height, width]: all of it, or
+    the middle, of the image's aspect ratio."""
+    if crop in ("pad", "stretch"):
+        return 0, 0, h, w
+    rows, columns = (max(1, w * height // width), w) if h * width > w * height else (h, max(1, h * width // height))
+    return (h - rows) // 2, (w - columns) // 2, rows, columns
+
+
+def placed_back(values, h, w, crop=None):
+    """float32 values [height, width] of an image that `convert` made of a picture [h, w], at the picture's own places
+    [h, w], bilinearly scaled; NaN where the image leaves the picture out."""
+    height, width = values.shape
+    if crop == "pad":
+        rows, columns = inside(h, w, height, width)
+        top, left = (height - rows) // 2, (width - columns) // 2
+        values = values[top:top + rows, left:left + columns]
+    top, left, rows, columns = kept(h, w, height, width, crop)
+    if values.shape != (rows, columns):
+        values = F.interpolate(values[None, None], (rows, columns), mode="bilinear", antialias=True)[0, 0]
+    return F.pad(values, (left, w - columns - left, top, h - rows - top), value=math.nan)
+
 
 def convert(pixels, shape, crop=None, of=None):
     """uint8 [N, c, h, w] -> [N, *shape], or with the own c where `shape` begins with None: gray to RGB by repetition,
@@ -109,9 +134,8 @@ def convert(pixels, shape, crop=None, of=None):
         return pixels
     h, w = pixels.shape[2:]
     rows, columns = inside(*of or (h, w), height, width) if crop == "pad" else (height, width)
-    if crop in (None, "centre"):  # to the aspect ratio of `shape`
-        tall, wide = (max(1, w * height // width), w) if h * width > w * height else (h, max(1, h * width // height))
-        pixels = pixels[:, :, (h - tall) // 2:(h - tall) // 2 + tall, (w - wide) // 2:(w - wide) // 2 + wide]
+    first, before, tall, wide = kept(h, w, height, width, crop)
+    pixels = pixels[:, :, first:first + tall, before:before + wide]
     top, left = (height - rows) // 2, (width - columns) // 2
     out = []
     for part in pixels.split(max(1, 2**25 // pixels[0].numel())):  # bounded float copies

@@ -126,7 +126,8 @@ class Pictures:
         self.transparent += sum(one.transparent for _, one in good)
         self.highest = max((highest for highest in (self.highest, *(one.highest for _, one in good))
                             if highest is not None), default=None)
-        return Images(self.name, stacked([one.pixels for _, one in good], shape), [], [name for name, _ in good])
+        return Images(self.name, stacked([one.pixels for _, one in good], shape), [], [name for name, _ in good],
+                      sizes=np.array([one.size[1:] for _, one in good]).reshape(-1, 2))
 
     def notes(self, shape=None):
         """What a reader would not expect of what was read so far, in lines."""

@@ -126,12 +126,12 @@ def sampled(images, config, most):
 
 
 def put_together(tiles, shape, tile):
-    """A picture, uint8 [H, W, C], of the shape [C, H, W], from the tiles [T, tile, tile, C] of its grid: where they
-    overlap, their mean, weighted by how far inside of a tile a pixel lies."""
+    """float32 [H, W, C] of a picture of the shape [..., H, W], from the tiles [T, tile, tile, C] of its grid: where
+    they overlap, their mean, weighted by how far inside of a tile a pixel lies."""
     inside = np.minimum(np.arange(1, tile + 1), np.arange(tile, 0, -1)).astype(np.float32)
     weight = np.outer(inside, inside)[..., None]
-    total, weights = np.zeros((*shape[1:], shape[0]), np.float32), np.zeros((*shape[1:], 1), np.float32)
+    total, weights = (np.zeros((*shape[1:], n), np.float32) for n in (tiles.shape[-1], 1))
     for (top, left), one in zip(grid(shape, tile), tiles, strict=True):
         total[top:top + tile, left:left + tile] += weight * one
         weights[top:top + tile, left:left + tile] += weight
-    return (total / weights).round().astype(np.uint8)
+    return total / weights
