@@ -15,7 +15,7 @@ from vae_ood import UserError, checkpoint, training
 from vae_ood.data.images import Images, Rows
 from vae_ood.data.own import WHOLE, rule_of, sized
 from vae_ood.data.tiles import (
-    BLOCK_BYTES, Tiles, at_once, cut, grid, of_step, picture_shape, places, put_together, random_corners, sampled, tiled)
+    BLOCK_BYTES, Tiles, at_once, grid, of_step, places, put_together, random_corners, sampled, tiled)
 from vae_ood.detector import Detector
 
 CPU = torch.device("cpu")
@@ -107,3 +107,88 @@ def test_a_training_on_tiles_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / "parts" / "ckpt.pt")["step"] == 3
     _, found = trained("parts", Rows(pictures, order))
     assert step == list(range(8)) and all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def textured(n, seed, defect=0):
+    """Pictures of noise in another light each, uint8 [n, 128, 128], with a chequered defect of so many pixels."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(0, 12, (n, 128, 128))
+    x = (np.roll(x, 1, 1) + x + np.roll(x, 1, 2)) / 3**0.5 + rng.uniform(100, 150, (n, 1, 1))
+    for one in x[:n if defect else 0]:
+        top, left = rng.integers(0, 128 - defect, 2)
+        one[top:top + defect, left:left + defect] += 40 * (-1.0) ** np.add.outer(np.arange(defect), np.arange(defect))
+    return x.clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Detectors of the same pictures: {"tile": in tiles, "size": scaled down}."""
+    return {name: Detector.fit(textured(150, 0), alpha=0.1, kappa=8, iters=60, groups=np.arange(150), fpr=0.02,
+                               device="cpu", **{name: 32}) for name in ("tile", "size")}
+
+
+def test_tiles_find_what_a_small_size_loses_at_the_rate_of_pictures(found, tmp_path):
+    ordinary, odd = textured(100, 1), textured(20, 2, 8)
+    assert found["tile"].things == 49 and len(found["tile"].members[0].said["default"]) == 49  # pictures, not tiles
+    assert found["size"].predict(odd, fpr=0.1).mean() < 0.5 and found["tile"].predict(odd, fpr=0.1).mean() > 0.9
+    assert 0.01 <= found["tile"].predict(ordinary, fpr=0.1).mean() <= 0.25  # 0.1 on average; Beta(5, 45)
+    found["tile"].save(tmp_path / "detector.pt")
+    again = Detector.load(tmp_path / "detector.pt")
+    np.testing.assert_array_equal(again.p_value(odd[:3]), found["tile"].p_value(odd[:3]))
+    one, = again.explain(odd[:1])
+    assert one["image"].shape == one["reconstruction"].shape == (128, 128, 1)
+    assert abs(one["reconstruction"].mean() - odd[0].mean()) < 15
+    assert 0 < again.set_p_value(ordinary[:20]) <= 1
+
+
+def test_scores_of_a_picture_are_the_largest_of_its_tiles(found):
+    detector = found["tile"]
+    own, member = detector.images(textured(3, 5)), detector.members[0]
+    features, = detector.features(own)
+    tiles = Images("tiles", Tiles.covering(own.pixels, 32)[:])
+    single, = detector.features(tiles)
+    assert (features.tiles, single.tiles, len(tiles.pixels)) == (49, 1, 3 * 49)
+    for name, values in member.say(features).items():
+        np.testing.assert_allclose(values, member.say(single)[name].reshape(3, 49).max(1), rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(member.viewed(features), member.viewed(single).reshape(3, 49, -1).mean(1), rtol=1e-3,
+                               atol=1e-4)
+
+
+def test_few_large_pictures_are_scored_at_once():
+    config = {"shape": [3, 64, 64], "tile": 64, "picture": [3, 768, 1024]}
+    n, tiles = at_once(config), len(grid((3, 768, 1024), 64))
+    assert n * (3 * 768 * 1024 + tiles * 3 * 64 * 64) <= BLOCK_BYTES and n >= 8
+    assert at_once(config | {"picture": [3, 8000, 12000]}) == 1
+    assert at_once({"shape": [1, 64, 64]}) == BLOCK_BYTES // 64**2
+
+
+def test_what_cannot_be_cut_is_told(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="--size 70x90, the median"):
+        rule_of({(60, 80): 1, (70, 90): 3, (80, 100): 1}, WHOLE)
+    assert rule_of({(70, 90): 3}, WHOLE) == (None, None, "") == rule_of({}, WHOLE)
+    assert sized(noise(4, 70, 90), WHOLE)[0].shape == (4, 1, 70, 90)
+    with pytest.raises(UserError, match="--tile 71.*70x90.*at most 70"):
+        tiled(noise(4, 1, 70, 90), 71)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--data", "cifar10", "--tile", "16"])
+    with pytest.raises(UserError, match="--tile: cifar10"):
+        run.parse_args()
+
+
+def test_the_commands_train_on_tiles_and_score_pictures(command, tmp_path):
+    for name, pixels in (("photos", textured(60, 0)), ("new", np.concatenate([textured(5, 1), textured(5, 2, 8)]))):
+        (tmp_path / name).mkdir()
+        for i, one in enumerate(pixels):
+            Image.fromarray(one[:96]).save(tmp_path / name / f"{i:02d}.png")
+    flags = ("--data", tmp_path / "photos", "--recipe", "fast", "--alpha", 0.1, "--kappa", 4, "--group-by", "none",
+             "--no-compile", "--iters", 20, "--out", tmp_path / "run")
+    said = command("run.py", *flags, "--tile", 32).stdout
+    assert "tiles" in said and "default" in said and "\nnll " not in said  # which decodes each tile often
+    refused = command("run.py", *flags, "--tile", 16, "--resume", check=False)
+    assert refused.returncode == 2 and "--tile 32" in refused.stderr
+    command("eval.py", "--detector", tmp_path / "run" / "detector.pt", "--score", tmp_path / "new", "--out",
+            tmp_path / "scores")
+    with open(tmp_path / "scores" / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    score = [float(row["default"]) for row in rows]
+    assert len(rows) == 10 and min(score[5:]) > max(score[:5])
+    assert {path.name for path in (tmp_path / "scores").iterdir()} >= {"outliers.png", "report.html"}

@@ -148,7 +148,7 @@ def evaluate(model, config, sets, args, out, fitted=None, scores=None):
     metrics = {"config": config, "gamma": gamma, "active_dims": active, "kappa": config["kappa"],
                "iw_samples": args.iw_samples, "kl_per_dim": kl.tolist(), "spectrum_cut": cut, "spectrum_ratio": ratio,
                "mmd": mmd(z, prior) if len(z) > 1 else None, "mmd_images": len(z), "fit_images": len(fitted.images),
-               "sets": likelihood_table(measured, sets, bits, args)}
+               "sets": likelihood_table(measured, sets, bits, args, bool(config.get("tile")))}
     scores, metrics["scores"] = score_table(fitted, features, args, scores or {})
     if config["data"] == "sprites":
         print(f"\n{cut} of {config['kappa']} latent dimensions carry the data; the family has "
@@ -166,10 +166,11 @@ def evaluate(model, config, sets, args, out, fitted=None, scores=None):
     print(f"written to {out}")
 
 
-def likelihood_table(measured, sets, bits, args):
-    """Print and return the mean likelihoods of each set, {set: {...}}; `bits` turns nats into bits per dimension."""
-    table = {}
-    print(f"\n{'set':<14}{'images':>8}{'bpd':>9}{'bpd_iw':>9}{'nll':>11}{'nll_iw':>11}{'mse':>10}{'kl':>9}"
+def likelihood_table(measured, sets, bits, args, tiles=False):
+    """Print and return the mean likelihoods of each set, {set: {...}}, of images or of tiles; `bits` turns nats into
+    bits per dimension."""
+    table, what = {}, "tiles" if tiles else "images"
+    print(f"\n{'set':<14}{what:>8}{'bpd':>9}{'bpd_iw':>9}{'nll':>11}{'nll_iw':>11}{'mse':>10}{'kl':>9}"
           f"     bpd: bits per dimension, nll and kl: nats, iw: K = {args.iw_samples}")
     for name, likelihoods in measured.items():
         nll, iw, mse, kl = (float(likelihoods[key].mean()) for key in ("nll", "iw_nll", "mse", "kl"))
@@ -192,7 +193,7 @@ def score_table(fitted, features, args, known):
     outliers = [name for name in features if name not in ("train", "test")]
     print(f"\n{'AUROC, FPR95':<27}" + "".join(f"{name[:15]:>17}" for name in outliers) +
           f"     outliers are the positive class; a larger score is more outlying; fitted to {len(fitted.images):,} "
-          "training images")
+          f"training {'tiles; a picture scores as its largest tile' if features['test'].tiles > 1 else 'images'}")
     scores, table = {}, {}
     for score in args.scores:
         scorer = known.get(score) or SCORES[score].fit(fitted)
