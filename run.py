@@ -31,6 +31,8 @@ def add_data_arguments(parser):
                        "64x64 for a folder, unless all its pictures have one smaller size; arrays stay as they are)")
     group.add_argument("--crop", choices=("centre", "pad", "stretch"), help="scale to cover --size and keep the centre "
                        "(the default), to fit inside and repeat the edge, or the whole whatever its shape")
+    group.add_argument("--tile", type=positive_int, metavar="N", help="cut own pictures, of --size or of one size, into "
+                       "square tiles of N pixels, which the model learns; whole pictures are scored and flagged")
     group.add_argument("--cache", metavar="DIR", help="keep the decoded own pictures in a file in this folder, not in "
                        "memory (default: only if they would take more than half of it, in the folder cache beside "
                        "--out)")
@@ -98,7 +100,7 @@ def parse_args():
             parser.error(f"--gamma {args.gamma}: give learn, optimal, homotopy or a variance above 0")
     own = args.data not in NAMED
     flags = {"--group-by": args.group_by, "--folds": args.folds > 1, "--size": args.size, "--crop": args.crop,
-             "--cache": args.cache}
+             "--tile": args.tile, "--cache": args.cache}
     if not own and (given := [flag for flag, value in flags.items() if value]):
         parser.error(f"{given[0]}: {args.data} has a test part and a size of its own; this is for own pictures")
     args.group_by = (args.group_by or "near") if own else None
@@ -126,9 +128,10 @@ from vae_ood.data import groups
 from vae_ood.cli import RANK, WORLD, pick_device
 from vae_ood.data import load
 from vae_ood.data.cache import read_own
-from vae_ood.data.own import AUTO
+from vae_ood.data.own import AUTO, WHOLE
+from vae_ood.data.tiles import sampled, tiled
 from vae_ood.detector import Detector
-from vae_ood.member import Member, measure
+from vae_ood.member import FIT_IMAGES, Member, measure
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.training import CONFIG, train
 
@@ -156,7 +159,7 @@ def main(args):
     device = pick_device(args.device)
     if args.batch_size < WORLD:
         raise UserError(f"--batch-size {args.batch_size}: each of the {WORLD} workers needs an image of a step")
-    own = args.data not in NAMED
+    own, args.scores = args.data not in NAMED, args.scores or evaluation.evaluated(args.tile)
     if own:
         if not Path(args.data).exists():
             raise UserError(f"unknown data '{args.data}': give a path that exists, or one of {', '.join(NAMED)}")
@@ -200,12 +203,15 @@ def read(args, out):
     and --cache become what is so."""
     kept = out / "fold-1" / "ckpt.pt" if args.folds > 1 else out / "ckpt.pt"
     state, _ = from_first(lambda: checkpoint.load_newest(kept)) if args.resume else (None, [])
-    size, crop = args.size or AUTO, args.crop
+    size, crop = args.size or (WHOLE if args.tile else AUTO), args.crop
     if state:
         size, crop = (state["config"].get(name) for name in ("size", "crop"))
         if args.size not in (None, size) or (size and args.crop not in (None, crop)):
             of = f"--size {'x'.join(map(str, size))} --crop {crop}" if size else "pictures as they are"
             raise UserError(f"{kept} was trained with {of}: resume with the same flags, or give another --out")
+        if args.tile != state["config"].get("tile"):
+            raise UserError(f"{kept} was trained with --tile {state['config'].get('tile')}: resume with the same flags, or "
+                            "give another --out")
     forced, args.cache = bool(args.cache), str(Path(args.cache or out.parent / "cache").resolve())
     images, args.size, args.crop = read_own(Path(args.data), args.cache, forced, size, crop, args.skip_bad, args.range,
                                             show=True)
@@ -225,9 +231,9 @@ def train_and_evaluate(args, sets, split, out, device, files=None):
     images = sets["train"]
     for note in images.notes:
         print(f"train: {note}")
-    validation = sets.pop("validation", None)
+    validation, pixels = sets.pop("validation", None), tiled(images.pixels, args.tile)
     if not args.no_eval:  # before the training, so that a missing file is not found out after it
-        config = vars(args) | {"shape": list(images.pixels.shape[1:])}
+        config = vars(args) | {"shape": list(pixels.shape[1:]), "picture": list(images.pixels.shape[1:])}
         evaluation.limit_images(args, config["shape"], args.alpha, args.kappa, device)
         sets = evaluation.limited(sets, args)
         sets |= evaluation.load_outliers(config, args, sets["test"])
@@ -238,10 +244,11 @@ def train_and_evaluate(args, sets, split, out, device, files=None):
                 files or range(len(split["group"])), split["group"].tolist(), (groups.PARTS[p] for p in split["part"]),
                 strict=True))
         (out / "detector.pt").unlink(missing_ok=True)  # of an earlier state
-        model, config = train(args, images.pixels, out, device, split, validation.pixels if validation else None)
+        model, config = train(args, pixels, out, device, split,
+                              tiled(validation.pixels, args.tile) if validation else None)
         if args.no_eval:
             return None, config
-        fitted = measure(model, config, sets["train"], args, "train")
+        fitted = measure(model, config, sampled(sets["train"], config, args.max_images or FIT_IMAGES), args, "train")
         member = Member.fit(model, config, sets, ["default"], args, fitted) if "default" in args.scores else None
         evaluation.evaluate(model, config, sets, args, out, fitted, member and member.scores)
         return member, config

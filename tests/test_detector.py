@@ -23,7 +23,7 @@ from vae_ood.detector import WORDS, Detector
 from vae_ood.member import Member
 from vae_ood.metrics import benjamini_hochberg, conformal_p_values
 from vae_ood.model import VAE
-from vae_ood.scores import COMPONENTS, SCORES
+from vae_ood.scores import COMPONENTS, PATCHES, SCORES
 
 SHAPE = (3, 16, 12)
 CONFIG = {"data": "x", "shape": list(SHAPE), "alpha": 0.1, "kappa": 4, "seed": 0, "dequantize": False, "range": None,
@@ -107,7 +107,7 @@ def test_p_values_flags_and_reasons(detector):
     np.testing.assert_array_equal(detector.predict(new, fpr=0.1), p <= 0.1)
     np.testing.assert_array_equal(detector.predict(new, fdr=0.2), benjamini_hochberg(p, 0.2))
     found = detector.explain(new)
-    assert [one["p_value"] for one in found] == p.tolist() and set(found[0]["components"]) == set(COMPONENTS)
+    assert [one["p_value"] for one in found] == p.tolist() and set(found[0]["components"]) == {*COMPONENTS, PATCHES}
     for one in found:
         assert one["reconstruction"].shape == (16, 12, 3) and one["speaks"] in WORDS.values()
         assert one["components"][next(name for name in WORDS if WORDS[name] == one["speaks"])] == min(

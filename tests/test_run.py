@@ -146,7 +146,8 @@ def test_a_run_goes_on_with_its_own_size(tmp_path):
     """One from before there was --size has no key of that name: its pictures are taken as they are."""
     for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (3, 70, 90), np.uint8)):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
-    asked = {"data": str(tmp_path), "skip_bad": False, "range": None, "folds": 1, "cache": None, "crop": None}
+    asked = {"data": str(tmp_path), "skip_bad": False, "range": None, "folds": 1, "cache": None, "crop": None,
+             "tile": None}
     for name, config, expected in (("old", {}, (70, 90)), ("new", {"size": [8, 9], "crop": "pad"}, (8, 9))):
         out = tmp_path / name
         out.mkdir()

@@ -252,7 +252,7 @@ def made_up_features(rng, n, **shifts):
     sizes = {"residual_spectrum": 9, "residual_regions": 7, "residual_fine": 7, "image_spectrum": 9,
              "image_regions": 7, "path": 3, "mu": 5, "log_sigma": 5}
     return Made({name: rng.standard_normal((n, size)) + shifts.get(name, 0) for name, size in sizes.items()},
-                groups=np.arange(n))
+                groups=np.arange(n), images=torch.zeros(n, 1, 2, 2, dtype=torch.uint8))  # too small for patches
 
 
 def test_default_hears_what_one_component_says():

@@ -122,7 +122,7 @@ def test_no_more_than_two_blocks_are_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "BLOCK", 5)
     whole = source.read
     monkeypatch.setattr(source, "read", lambda rows, *how: (read.append(rows.start), whole(rows, *how))[1])
-    for i, images in enumerate(scoring.blocks(source, SHAPE)):
+    for i, images in enumerate(scoring.blocks(source, CONFIG)):
         np.testing.assert_array_equal(images.pixels, pictures(50)[5 * i:5 * i + 5])
         assert len(read) <= i + 2
     assert read == list(range(0, 50, 5))

@@ -20,6 +20,11 @@ class Density(torch.nn.Module):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64))
 
 
+def under(state, prefix):
+    """The entries of a state_dict below a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def shrunk_covariance(x):
     """The covariance [D, D] of x [N, D] around 0, shrunk towards a multiple of I by the oracle-approximating weight
     (arXiv 0907.4698, equation 23) and then, by a little, towards I, so that it can be inverted however few images there

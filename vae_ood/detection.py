@@ -72,17 +72,18 @@ def measure(run, args):
 def section(data, runs):
     """The lines about the checkpoints of one data set, from what each measured."""
     def values(score, outlier, key="auroc"):
-        return [run["scores"][score][outlier][key] for run in runs if outlier in run["scores"][score]]
+        return [run["scores"][score][outlier][key] for run in runs if outlier in run["scores"].get(score, {})]
 
     def both(score, one):
         return f"{cell(values(score, one), 4)}, {statistics.mean(values(score, one, 'fpr95')):.3f}"
 
     outliers, summary = list(runs[0]["scores"]["default"]), []
     rows = [[score + " (control)" * (score in CONTROLS),
-             *(both(score, one) if values(score, one) else "" for one in outliers)] for score in SCORES]
+             *(both(score, one) if values(score, one) else "" for one in outliers)]
+            for score in SCORES if score in runs[0]["scores"]]
     for one in outliers:
         mean = {score: statistics.mean(values(score, one)) for score in SCORES if values(score, one)}
-        control = max(CONTROLS, key=mean.get)
+        control = max((score for score in mean if score in CONTROLS), key=mean.get)
         best = max((score for score in mean if score not in CONTROLS and score != "default"), key=mean.get)
         aim, ahead = AIMS[data].get(one), round(mean["default"] - mean[control], 4)
         summary.append([

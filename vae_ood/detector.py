@@ -21,7 +21,8 @@ from vae_ood.cli import complete, pick_device
 from vae_ood.data.groups import group, parts, smallest_rate, split_of, things_needed
 from vae_ood.data.images import Images
 from vae_ood.data.likeness import digests, farther, near, numbered
-from vae_ood.data.own import AUTO, sized, to_pixels
+from vae_ood.data.own import AUTO, WHOLE, sized, to_pixels
+from vae_ood.data.tiles import Tiles, picture_shape, put_together, tiled
 from vae_ood.features import DECODED_OFTEN, decoded_means
 from vae_ood.member import COMPARED, FIT_IMAGES, Member, measure
 from vae_ood.metrics import benjamini_hochberg, conformal_p_values, set_p_value
@@ -29,11 +30,12 @@ from vae_ood.parallel import from_first
 from vae_ood.scores import SCORES
 from vae_ood.training import train
 
-FORMAT = 3  # 1 had no `view`, 2 no `maps`
+FORMAT = 3  # 1 had no `view`, 2 neither maps nor patches
 LEAST_THINGS = 5  # of which is said whether as a set they are like the training data
 WORDS = {"residual_spectrum": "fine texture", "residual_regions": "texture of a region",
          "likelihood_path": "how well it is reconstructed", "latents": "layout, as the latents see it",
-         "joint": "an unusual combination"}  # what a component of `default` speaks of
+         "joint": "an unusual combination",
+         "image_patches": "fine structure at a place"}  # what a component of `default` speaks of
 
 
 @dataclass
@@ -80,21 +82,23 @@ class Detector:
 
     @classmethod
     def fit(cls, images, alpha=1.0, kappa=32, recipe="fast", iters=None, groups=None, fpr=0.05, seed=0, device="auto",
-            size=AUTO, crop=None):
+            size=AUTO, crop=None, tile=None):
         """Train a VAE on images of ordinary things and fit the detector, as `run.py --data images` does.
 
         `images` are as those that it scores. groups [N]: equal for images of one thing; by default what is alike is
         one. fpr: the smallest false-alarm rate that will be asked for, which decides how many things are held out to
         calibrate. size, N or (H, W), and crop, "centre", "pad" or "stretch": how images are scaled; by default a list
-        to 64x64, unless all have one smaller size, and an array not at all. Raises UserError for too few images.
+        to 64x64, unless all have one smaller size, and an array not at all. tile: the side in pixels of the square
+        tiles that the pictures are cut into, so that they keep their size. Raises UserError for too few images.
         """
         args = SimpleNamespace(
             data="images", sprite_factors=4, skip_bad=False, dequantize=False, alpha=alpha, kappa=kappa, gamma=None,
             schedule=None, iters=iters, batch_size=64, lr=None, seed=seed, amp=False, recipe=recipe, compile=None,
             checkpoint_seconds=math.inf, keep=1, keep_at=[], folds=1, range=None, cache=None, max_images=None,
-            group_by="near" if groups is None else "labels", iw_samples=16)
+            tile=tile, group_by="near" if groups is None else "labels", iw_samples=16)
         complete(args)
-        pixels, args.size, args.crop = sized(images, [size, size] if isinstance(size, int) else size, crop)
+        pixels, args.size, args.crop = sized(
+            images, [size, size] if isinstance(size, int) else WHOLE if tile and size == AUTO else size, crop)
         own = Images("images", pixels)
         if groups is not None and len(groups) != len(own.pixels):
             raise UserError(f"{len(groups):,} groups for {len(own.pixels):,} images: give one of each")
@@ -103,8 +107,8 @@ class Detector:
             split = split_of(own, names, labels, fpr)
             sets = parts(own, split)
             validation = sets.pop("validation", None)
-            model, config = train(args, sets["train"].pixels, Path(folder), pick_device(device), split,
-                                  validation and validation.pixels)
+            model, config = train(args, tiled(sets["train"].pixels, tile), Path(folder), pick_device(device), split,
+                                  validation and tiled(validation.pixels, tile))
             sets["train"] = sets["train"].first(FIT_IMAGES)
             return cls.of(config, [Member.fit(model, config, sets, ["default"], args)], args)
 
@@ -126,7 +130,7 @@ class Detector:
         try:
             config = state["config"]
             found = cls(config, [Member.restore(path, config, member, device) for member in state["members"]])
-            one = Images("one", torch.zeros(1, *config["shape"], dtype=torch.uint8))  # to see that all of it fits
+            one = Images("one", torch.zeros(1, *picture_shape(config), dtype=torch.uint8))  # to see that all of it fits
             found.look(one)
             for member in found.members:
                 member.map(one.pixels)
@@ -136,7 +140,7 @@ class Detector:
 
     def images(self, images):
         """`Images` of the model's shape."""
-        return Images("images", to_pixels(images, self.config["shape"], self.config.get("range"),
+        return Images("images", to_pixels(images, picture_shape(self.config), self.config.get("range"),
                                           self.config.get("crop")))
 
     def features(self, images, first=0):
@@ -157,13 +161,14 @@ class Detector:
         """All that is `Seen` of `Images`, by one of the scores."""
         features, score = self.features(images, first), score or self.score
         said = [member.say(of) for member, of in zip(self.members, features, strict=True)]
-        parts = [name for name in said[0] if name.startswith(f"{score}.")]
+        parts = [name for name in said[0] if name.startswith(f"{score}.") and all(name in of for of in said)]
         components = {name.split(".")[1]: self.p_values(name, said) for name in parts}
         speaks = [score] * len(images.pixels)
         if components:  # the smallest p-value speaks; of equal ones, beyond all that calibrate, the largest surprise
             p = np.stack(list(components.values()))
-            surprise = np.mean([member.scores[score].surprises([of[name] for name in parts]).numpy()
-                                for member, of in zip(self.members, said, strict=True)], 0)
+            surprises = [member.scores[score].surprises({name.split(".")[1]: of[name] for name in parts})
+                         for member, of in zip(self.members, said, strict=True)]
+            surprise = np.mean([torch.stack(list(of.values())).numpy() for of in surprises], 0)
             speaks = [list(components)[i] for i in np.where(p == p.min(0), surprise, -1).argmax(0)]
         views = [member.viewed(of) for member, of in zip(self.members, features, strict=True)]
         return Seen({name: self.mean(name, said) for name in self.scores}, self.p_values(score, said), components,
@@ -221,8 +226,13 @@ class Detector:
 
     def reconstructed(self, rows):
         """The rows, with their reconstructions and maps."""
-        images, member = torch.from_numpy(np.stack([row["image"] for row in rows])).permute(0, 3, 1, 2), self.members[0]
-        means = decoded_means(member.model, images)
+        if not rows:
+            return rows
+        images = torch.from_numpy(np.stack([row["image"] for row in rows])).permute(0, 3, 1, 2)
+        member, tile = self.members[0], self.config.get("tile")
+        means = decoded_means(member.model, images) if not tile else (put_together(decoded_means(
+            member.model, Tiles.covering(image[None], tile)), image.shape, tile).round().astype(np.uint8)
+            for image in images)
         for row, mean, where in zip(rows, means, member.map(images).numpy(), strict=True):
             row |= {"reconstruction": mean, "map": where}
         return rows

@@ -16,6 +16,8 @@ from vae_ood.data.groups import parts
 from vae_ood.data.images import PRIOR, generator
 from vae_ood.data.likeness import set_digest
 from vae_ood.data.synthetic import CORRUPTIONS, corrupt
+from vae_ood.data.tiles import picture_shape, sampled
+from vae_ood.features import DECODED_OFTEN
 from vae_ood.likelihood import bits_per_dim
 from vae_ood.member import FIT_IMAGES, TRAIN_IMAGES, finite, measure
 from vae_ood.metrics import detection, latent_spectrum, mmd
@@ -25,13 +27,19 @@ from vae_ood.scores import SCORES
 
 NO_CODE = "\N{EN DASH}"  # in place of bits per dimension
 EVALUATED = [name for name in SCORES if name != "regret"]  # which takes minutes
+LIKELIHOOD_TILES = 1_000  # of a set's pictures in tiles, at most
 MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of the prior
 CPU_FLOPS = 1e13  # the most that decoding a set may take on a CPU (some two minutes on two cores)
 
 
-def check_scores(args, default=EVALUATED):
-    """Set --scores to `default` where it does not say; UserError unless every name is a score."""
-    args.scores = args.scores or default
+def evaluated(tile):
+    """The scores that are evaluated by default: of tiles, which are many, those alone that decode each once."""
+    return [name for name in EVALUATED if not tile or not set(SCORES[name].reads) & set(DECODED_OFTEN)]
+
+
+def check_scores(args):
+    """UserError unless every name in --scores is a score; none where it does not say."""
+    args.scores = args.scores or []
     for name in args.scores:
         if name not in SCORES:
             raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}")
@@ -69,9 +77,9 @@ def load_inliers(config, args, split=None):
             raise UserError(f"the images in {data} are not those that the model was trained on (another checksum): "
                             "give them back, or train anew")
     for part, images in sets.items():
-        if list(images.pixels.shape[1:]) != config["shape"]:
+        if list(images.pixels.shape[1:]) != picture_shape(config):
             raise UserError(f"the {part} images of {data} are {list(images.pixels.shape[1:])}, the model is for "
-                            f"{config['shape']}: make them equal")
+                            f"{picture_shape(config)}: make them equal")
     return limited(sets, args)
 
 
@@ -99,7 +107,7 @@ def limited(sets, args):
 
 def load_others(config, data, args):
     """Images of `data`, a name or a path, converted to the shape of the inliers."""
-    return load(data, "all", args.data_root, config["shape"], config["sprite_factors"],
+    return load(data, "all", args.data_root, picture_shape(config), config["sprite_factors"],
                 config["skip_bad"] or args.skip_bad, config.get("range"), config.get("crop"))
 
 
@@ -124,11 +132,14 @@ def evaluate(model, config, sets, args, out, fitted=None, scores=None):
     """Evaluate `sets` ({'train', 'test', outliers...: Images}), print the tables and write the files to `out`. Scores
     are fitted to all of 'train', of which TRAIN_IMAGES are evaluated where --max-images does not say; `fitted` are the
     features of 'train', and `scores` {name: fitted}, where they are there already."""
-    fitted = fitted or measure(model, config, sets["train"], args, "train")
-    sets = sets | {"train": sets["train"].first(args.max_images or TRAIN_IMAGES)}
+    train = sampled(sets["train"], config, args.max_images or FIT_IMAGES)
+    fitted = fitted or measure(model, config, train, args, "train")
+    sets = sets | {"train": train.first(args.max_images or TRAIN_IMAGES)}
     features = {name: measure(model, config, images, args, name) for name, images in sets.items()}
     features["train"].likelihoods = fitted.likelihoods
-    measured = {name: f.likelihoods() for name, f in features.items()}
+    measured = {name: features[name].likelihoods() if name == "train" or not config.get("tile") else measure(
+        model, config, sampled(images, config, LIKELIHOOD_TILES), args, name).likelihoods()
+        for name, images in sets.items()}
     kl, active, cut, ratio = latent_spectrum(measured["train"]["kl_per_dim"].mean(0, dtype=np.float64))
     z = measured["train"]["z"][:MMD_IMAGES]
     prior = generator(config["seed"], PRIOR).standard_normal(z.shape)

@@ -112,21 +112,24 @@ class Features:
     all workers.
 
     `dequantized`: (seed, number of the first image) of the noise that a model trained with --dequantize sees, or None.
-    groups [N]: equal for images of one thing, by default each is one.
-    nll, iw_nll [N]: nats, of `likelihoods()`, which returns what `likelihood.evaluate` does, of training images perhaps
-    for the first ones alone. mu, log_sigma [N, kappa].
+    groups [N]: equal for images of one thing, by default each is one. `tiles`: of so many images in a row each picture
+    consists (data/tiles.py), whose scores are one.
+    images: themselves. nll, iw_nll [N]: nats, of `likelihoods()`, which returns what `likelihood.evaluate` does, of
+    training images perhaps for the first ones alone. mu, log_sigma [N, kappa].
     path [N, 3]: log norms of the residual x - mu_x(mu_z), of mu_z and of sigma_z. residual_spectrum, image_spectrum
     [N, bands x colours]: `band_log_energies`. residual_regions, image_regions, and residual_fine, of the high-passed
     residual [N, 7 x colours]: `region_log_energies`. pixels [N, 2]: mean, log variance. code_bits [N]. regret [N],
     nats.
     """
 
-    def __init__(self, model, images, likelihoods, groups=None, dequantized=None):
-        self.model, self.images, self.likelihoods, self.known = model, images, likelihoods, {}
+    def __init__(self, model, images, likelihoods, groups=None, dequantized=None, tiles=1):
+        self.model, self.images, self.likelihoods, self.known, self.tiles = model, images, likelihoods, {}, tiles
         self.device = model.log_gamma.device
         self.known["groups"], self.dequantized = np.arange(len(images)) if groups is None else groups, dequantized
 
     def __getitem__(self, name):
+        if name == "images":
+            return self.images
         if name in LIKELIHOODS:
             return self.likelihoods()[name]
         if name not in self.known:
@@ -139,11 +142,19 @@ class Features:
 class Part:
     """Some rows of features."""
 
+    tiles = 1
+
     def __init__(self, whole, rows):
         self.whole, self.rows, self.device = whole, rows, whole.device
 
     def __getitem__(self, name):
-        return self.whole[name][self.rows]
+        values = self.whole[name]
+        return values[torch.from_numpy(np.arange(len(values))[self.rows])] if name == "images" else values[self.rows]
+
+
+def of_pictures(values, features, by=np.max):
+    """The values of pictures [N, ...] from those of their tiles [N x tiles, ...], by default the largest."""
+    return values if features.tiles == 1 else by(values.reshape(-1, features.tiles, *values.shape[1:]), 1)
 
 
 def _batches(model, images, dequantized=None):

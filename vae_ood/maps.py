@@ -82,8 +82,8 @@ def sizes(shape):
 
 
 class Maps(torch.nn.Module):
-    """Maps of pictures. Buffers: filters0, filters1… (as many as there are `sizes`), mean and deviation [F, H, W] of the
-    fields of the training images; `Maps(**maps.state_dict())` is it again."""
+    """Maps of pictures. Buffers: filters0, filters1… (as many as there are `sizes`), mean and deviation [F, H, W] of
+    the fields of the training images; `Maps(**maps.state_dict())` is it again."""
 
     def __init__(self, **buffers):
         super().__init__()

@@ -1,6 +1,7 @@
 """A model, the scores that are fitted to its training images, and what these say of images that it has not seen."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,7 +9,8 @@ import torch
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import Progress
 from vae_ood.data.likeness import Nearest
-from vae_ood.features import Features, Part
+from vae_ood.data.tiles import Tiles, at_once, put_together, sampled, tiles_of
+from vae_ood.features import Features
 from vae_ood.likelihood import evaluate
 from vae_ood.maps import CALIBRATED, Maps, threshold
 from vae_ood.parallel import from_first, spread
@@ -22,10 +24,14 @@ COMPARED = 2_000  # images that calibrate, and new ones, by how near they lie to
 def measure(model, config, images, args, label=None, first=0):
     """The `Features` of `images`, whose likelihoods, of training images for the first ones alone where --max-images
     does not say, show their progress by the label when they are asked for; `first` is the number of the first image's
-    noise."""
-    evaluated = (images.first(args.max_images or TRAIN_IMAGES) if label == "train" else images).pixels
+    noise. A model of tiles takes whole pictures in all tiles of their grid."""
+    tiles = 1
+    if config.get("tile") and list(images.pixels.shape[1:]) != config["shape"]:
+        tiles, images = tiles_of(config), replace(images, pixels=Tiles.covering(images.pixels, config["tile"]))
+        first *= tiles
 
     def likelihoods():
+        evaluated = (images.first(args.max_images or TRAIN_IMAGES) if label == "train" else images).pixels
         bar = label and Progress(len(evaluated), label=label)
         result = evaluate(model, evaluated, args.iw_samples, config["seed"], config["dequantize"], first,
                           *([bar.update] if bar else []))
@@ -33,7 +39,7 @@ def measure(model, config, images, args, label=None, first=0):
             bar.close()
         return result
     return Features(model, images.pixels, functools.cache(likelihoods), images.groups,
-                    (config["seed"], first) if config["dequantize"] else None)
+                    (config["seed"], first) if config["dequantize"] else None, tiles)
 
 
 def finite(name, scores):
@@ -50,8 +56,8 @@ class Member:
     def __init__(self, model, scores, said, groups, nearest, held_out, seen, view=None, maps=None, peaks=None):
         """`said` {name: [n]}: the scores of the images that calibrate, of `groups` [n]; `held_out`: distance and local
         scale [m] of the first of these to the training images `nearest`; `view` [m, D]: what sets are compared by, of
-        the same images, None without `default`; `seen`: how many images have had noise; `maps` of where an image is odd,
-        and the largest value of each of the first images that calibrate, `peaks` [k]."""
+        the same images, None without `default`; `seen`: how many images have had noise; `maps` of where an image is
+        odd, and the largest value of each of the first images that calibrate, `peaks` [k]."""
         self.model, self.scores, self.said, self.groups = model, scores, said, np.asarray(groups, np.int64)
         self.nearest, self.held_out, self.seen, self.view = nearest, held_out, seen, view
         self.maps, self.peaks = maps, peaks
@@ -62,22 +68,38 @@ class Member:
         inliers["test"]."""
         train, test = inliers["train"], inliers["test"]
         n, groups = len(train.pixels), np.arange(len(test.pixels)) if test.groups is None else test.groups
-        fitted = fitted or measure(model, config, train, args, "train")
+        fitted = fitted or measure(model, config, sampled(train, config, args.max_images or FIT_IMAGES), args, "train")
         scores = {name: SCORES[name].fit(fitted) for name in scores}
         nearest = Nearest.of(train.pixels)
         member = cls(model, scores, {}, groups, nearest, nearest.distance(test.pixels[:COMPARED]), n)
-        features = measure(model, config, test, args, "calibration", n)
-        member.said, member.view = member.say(features), member.viewed(Part(features, slice(COMPARED)))
+        member.said, member.view = member.heard(config, test, args)
         member.seen = n + len(test.pixels)
-        state, some = from_first(lambda: Maps.fit(model, train.pixels).cpu().state_dict()), test.pixels[:CALIBRATED]
+        state, some = from_first(lambda: Maps.fit(model, fitted.images).cpu().state_dict()), test.pixels[:CALIBRATED]
         member.maps = Maps(**state).to(model.log_gamma.device)
         member.peaks = finite("map", spread(lambda part: {
             "peaks": member.map(some[part]).amax((1, 2)).numpy()}, len(some))["peaks"])
         return member
 
+    def heard(self, config, images, args):
+        """What is said of `Images` that calibrate {name: [n]}, and the view of the first COMPARED; the features of so
+        many tiles are not held at once."""
+        step, said, views = at_once(config) if config.get("tile") else len(images.pixels), [], []
+        for start in range(0, len(images.pixels), step):
+            features = measure(self.model, config, images.take(slice(start, start + step)), args, "calibration",
+                               self.seen + start)
+            said.append(self.say(features))
+            views.append(self.viewed(features))
+        return ({name: np.concatenate([of[name] for of in said]) for name in said[0]},
+                None if views[0] is None else np.concatenate(views)[:COMPARED])
+
     def map(self, pixels):
-        """The maps of uint8 pixels [N, C, H, W], float32 [N, H, W]."""
-        return self.maps(self.model, pixels)
+        """The maps of uint8 pixels [N, C, H, W], float32 [N, H, W]; of pictures in tiles, the tiles' put together."""
+        if tuple(pixels.shape[1:]) == tuple(self.model.shape):
+            return self.maps(self.model, pixels)
+        tile = self.model.shape[1]
+        found = [put_together(self.maps(self.model, Tiles.covering(one[None], tile)).numpy()[..., None], one.shape,
+                              tile) for one in pixels]
+        return torch.from_numpy(np.stack(found)[..., 0])
 
     def map_threshold(self, fpr):
         """What a share `fpr` of ordinary pictures' maps, at most, exceed anywhere; infinite for too few things."""

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vae_ood.densities import ECOD, Gaussian, Mixture, Tail, Typicality
-from vae_ood.features import Part
+from vae_ood.densities import ECOD, Gaussian, Mixture, Tail, Typicality, under
+from vae_ood.features import Part, of_pictures
 from vae_ood.parallel import from_first
+from vae_ood.patches import Patches
 
 COMPONENTS = "residual_spectrum", "residual_regions", "likelihood_path", "latents", "joint"  # of `default`
+PATCHES = "image_patches"  # its other view
 
 
 def read(features, names):
@@ -32,7 +34,7 @@ class Fitted(torch.nn.Module):
         self.reads, self.density = reads, density
 
     def forward(self, features):
-        return self.density(read(features, self.reads)).numpy()
+        return of_pictures(self.density(read(features, self.reads)).numpy(), features)
 
     def said(self, name, features):
         """{name: scores [N]}: the score's own, and its components' as name.component."""
@@ -40,17 +42,28 @@ class Fitted(torch.nn.Module):
 
 
 class Combined(torch.nn.Module):
-    """`default`, fitted: its components, and the tails of what they say of inliers."""
+    """`default`, fitted: its components, the tails of what they say of inliers, that of their norm, and the patches."""
 
-    def __init__(self, components, tails):
+    def __init__(self, components, tails, tail, patches):
         super().__init__()
         self.components, self.tails = torch.nn.ModuleList(components), torch.nn.ModuleList(tails)
+        self.tail, self.patches = tail, patches
 
     @classmethod
     def fit(cls, train):
         kept = every_fifth(train["groups"])
         components = [SCORES[name].fit(Part(train, ~kept)) for name in COMPONENTS]
-        return cls(components, [Tail.fit(torch.from_numpy(component(Part(train, kept)))) for component in components])
+        parts = [torch.from_numpy(component(Part(train, kept))) for component in components]
+        tails = [Tail.fit(part) for part in parts]
+        norm = torch.stack([tail(part) for tail, part in zip(tails, parts, strict=True)]).norm(4, dim=0)
+        return cls(components, tails, Tail.fit(norm), Patches.fit(train, kept))
+
+    @classmethod
+    def restore(cls, state):
+        """What `fit` gave, from its state_dict."""
+        return cls([SCORES[name].restore(under(state, f"components.{i}.")) for i, name in enumerate(COMPONENTS)],
+                   [Tail(**under(state, f"tails.{i}.")) for i in range(len(COMPONENTS))],
+                   Tail(**under(state, "tail.")), Patches.restore(under(state, "patches.")))
 
     def forward(self, features):
         return self.said("", features)[""]
@@ -58,17 +71,23 @@ class Combined(torch.nn.Module):
     def whitened(self, features):
         """What `joint` reads, in its whitened coordinates [N, D], float32."""
         joint = self.components[COMPONENTS.index("joint")]
-        return joint.density.whitened(read(features, joint.reads)).float().numpy()
+        return of_pictures(joint.density.whitened(read(features, joint.reads)).float().numpy(), features, np.mean)
 
     def said(self, name, features):
         """{name: scores [N]}: the score's own, and its components' as name.component."""
-        parts = [component(features) for component in self.components]
-        return {name: self.surprises(parts).norm(4, dim=0).numpy()} | {
-            f"{name}.{component}": part for component, part in zip(COMPONENTS, parts, strict=True)}
+        parts = {component: fitted(features) for component, fitted in zip(COMPONENTS, self.components, strict=True)}
+        if self.patches.holds:
+            parts[PATCHES] = self.patches(features)
+        surprises = self.surprises(parts)
+        score = torch.stack([surprises[component] for component in COMPONENTS]).norm(4, dim=0)
+        if PATCHES in parts:
+            score = torch.stack([self.tail(score), surprises[PATCHES]]).norm(4, dim=0)
+        return {name: score.numpy()} | {f"{name}.{component}": part for component, part in parts.items()}
 
     def surprises(self, parts):
-        """-log p [C, N] of the components' scores [C][N]."""
-        return torch.stack([tail(torch.from_numpy(part)) for part, tail in zip(parts, self.tails, strict=True)])
+        """{component: -log p [N]} of some of the components' scores {component: [N]}."""
+        tails = dict(zip(COMPONENTS, self.tails, strict=True)) | {PATCHES: torch.nn.Identity()}
+        return {component: tails[component](torch.from_numpy(part)) for component, part in parts.items()}
 
 
 def every_fifth(groups):
@@ -91,6 +110,8 @@ class Score:
         """The function from images' features to their scores [N], float64, fitted to training images' features."""
         if self.by is Combined:
             return Combined.fit(train)
+        if self.by is Patches:
+            return Patches.fit(train, every_fifth(train["groups"]))
         if not isinstance(self.by, type):
             return Fitted(self.reads, self.by)
         x = read(train, self.reads)  # by all workers
@@ -98,16 +119,9 @@ class Score:
 
     def restore(self, state):
         """What `fit` gave, from its state_dict."""
-        if self.by is Combined:
-            return Combined([SCORES[name].restore(under(state, f"components.{i}."))
-                             for i, name in enumerate(COMPONENTS)],
-                            [Tail(**under(state, f"tails.{i}.")) for i in range(len(COMPONENTS))])
+        if self.by in (Combined, Patches):
+            return self.by.restore(state)
         return Fitted(self.reads, self.by(**under(state, "density.")) if isinstance(self.by, type) else self.by)
-
-
-def under(state, prefix):
-    """The entries of a state_dict below a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def value(x):
@@ -121,7 +135,8 @@ LATENTS, JOINT = ("mu", "log_sigma"), ("residual_spectrum", "residual_regions", 
 SCORES = {
     "default": Score(
         """The score to use without thinking: the 4-norm of the surprises -log p of COMPONENTS, fitted on four fifths of
-        the training images, with p from the others.
+        the training images, with p from the others. Where the training images show the same place by place, as those
+        of parts do (`Scale.holds`), it is the 4-norm of that one's surprise and the patches'.
 
         Fisher's sum of -log p is best where all see an outlier, the largest of them where one does; a norm between the
         two loses little to either, so that neither low-level statistics nor latent ones drown the other. It is not a
@@ -162,6 +177,10 @@ SCORES = {
     "image_spectrum": Score(
         "Control, without a VAE: the image's own spectrum with the same fit as `residual_spectrum`.",
         ("image_spectrum",), Gaussian, control=True),
+    PATCHES: Score(
+        """Control, without a VAE: how unusual the fine structure of each place is, given that of all others, by
+        whitened patches at two sizes (vae_ood/patches.py); for pictures that show the same place by place.""",
+        ("images",), Patches, control=True),
     "code_length": Score(
         "Control, without a VAE: minus the bits of a lossless code, so that simple images score high.", ("code_bits",),
         lambda x: -x[:, 0], control=True),

@@ -15,19 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from vae_ood import UserError, checkpoint, plots
 from vae_ood.cli import RANK, Progress, duration, lock, make_folder, printable
 from vae_ood.data.groups import smallest_rate, things_needed
-from vae_ood.data.images import Images
+from vae_ood.data.images import Images, at_most
 from vae_ood.data.own import open_own
+from vae_ood.data.tiles import at_once, picture_shape
 from vae_ood.heat import MapFiles, scale_of
 from vae_ood.member import COMPARED
 from vae_ood.metrics import benjamini_hochberg, confident_rank, cross_bound, false_alarm_range
 from vae_ood.parallel import agree, any_worker, from_first, spread
 
-BLOCK, BLOCK_BYTES = 4_000, 2**27  # images, and bytes of pixels at most, that are read and scored at once
+BLOCK = 4_000  # images at most that are read and scored at once
 TABLE = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # to open one with names of any bytes
+SHOWN, ALIKE = 256, 64  # pixels that are kept of a side of a picture in tiles, to show it and to tell what it shows
 PRINTED, FIGURE, LISTED = 10, 18, 200  # the most outlying images that are listed, in outliers.png and in report.html
 
 
@@ -69,9 +72,10 @@ def largest_rank(args, things, folds):
                     f"{more}")
 
 
-def blocks(source, shape, crop=None):
-    """All images of what `open_own` gave, by `convert`, in blocks of `Images`; one is read while the last is scored."""
-    size = max(1, min(BLOCK, BLOCK_BYTES // math.prod(shape)))
+def blocks(source, config):
+    """All images of what `open_own` gave, as a model of the config takes them, in blocks of `Images`; one is read while
+    the last is scored."""
+    size, shape, crop = min(BLOCK, at_once(config)), picture_shape(config), config.get("crop")
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(source.read, slice(0, size), shape, crop)
         for start in range(size, len(source) + size, size):
@@ -121,10 +125,18 @@ class Scored:
             return row["p_value"], -row["score"]
         self.most = sorted(self.most + rows(order[:LISTED]), key=outlying)[:LISTED]
         self.least = sorted(self.least + rows(order[-FIGURE:]), key=outlying)[-FIGURE:]
+        if self.detector.config.get("tile"):
+            for row in (row for row in self.most + self.least if "reconstruction" not in row):
+                self.detector.reconstructed([row])
+                for what in ("image", "reconstruction"):
+                    row[what] = at_most(torch.from_numpy(row[what]).permute(2, 0, 1)[None], SHOWN)[0].permute(
+                        1, 2, 0).numpy()
+                row["map"] = F.adaptive_max_pool2d(torch.from_numpy(row["map"])[None], row["image"].shape[:2])[0].numpy()
 
     def _draw(self, images, seen):
         """Add these to the sample: each image has a random key, and those of the smallest ones stay."""
-        new = {"key": self.rng.random(len(images.pixels)), "pixels": images.pixels.numpy(), "distance": seen.distance,
+        pixels = at_most(images.pixels, ALIKE) if self.detector.config.get("tile") else images.pixels
+        new = {"key": self.rng.random(len(pixels)), "pixels": pixels.numpy(), "distance": seen.distance,
                "copies": seen.copies, "files": np.array(images.files or [""] * len(images.pixels), object),
                **{f"view {i}": view for i, view in enumerate(seen.views) if view is not None}}
         if self.sample:
@@ -161,7 +173,7 @@ def score_images(detector, args, out):
             from_first(files.claim)
         scored = Scored(detector, score, limit)
         write_rows(source, scored, folder, files)
-        for note in source.notes(config["shape"]):
+        for note in source.notes(picture_shape(config)):
             print(f"{source.name}: {note}")
         if not scored.n:
             raise UserError(f"not one of the {len(source):,} pictures in {path} can be decoded")
@@ -195,7 +207,7 @@ def write_rows(source, scored, out, files=None):
     early, and their maps into `MapFiles` where there are some. Raises UserError."""
     part, begun, bar = out / "scores.part.csv", time.monotonic(), Progress(len(source), label="image")
     config, written, end = scored.detector.config, 0, 0  # images whose rows are whole, and where these end
-    images = blocks(source, config["shape"], config.get("crop"))
+    images = blocks(source, config)
     file = open(part if RANK == 0 else os.devnull, "w", **TABLE)  # noqa: SIM115, closed below
     try:
         writer = csv.writer(checkpoint.Lines(file))
@@ -246,7 +258,7 @@ def finish(scored, rank, args, out, title, scale):
               f"{'  outlier' if row['outlier'] else '':9}  {row['speaks']}".rstrip())
     lines = [*said_of_the_set(scored, p), *said_of_the_flags(scored, p, rank, args), scale.meaning]
     print(*lines, sep="\n")
-    detector.reconstructed(most)
+    detector.reconstructed([row for row in most if "reconstruction" not in row])
     shown = {row["index"] for row in most[:FIGURE]}
     title = f"{title}: {scored.score}, calibrated on {detector.things:,} things"
     written = ["scores.csv"]

@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import RANK, WORLD, Progress, duration, out_of_memory
-from vae_ood.data.images import TRAINING, batch_indices, generator, to_unit
+from vae_ood.data.images import TRAINING, generator, to_unit
 from vae_ood.data.likeness import set_digest
+from vae_ood.data.tiles import Tiles, of_step
 from vae_ood.kernels.iw_nll import gaussian_log_likelihood, log_normal
 from vae_ood.kernels.reparameterize import reparameterize
 from vae_ood.likelihood import bits_per_dim, evaluate
@@ -26,7 +27,7 @@ from vae_ood.parallel import any_worker, crc32, from_first, part, total
 
 CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", "gamma", "schedule", "iters",
           "batch_size", "lr", "seed", "amp")  # what determines the result; a resumed run must agree in all of it
-OWN = ("group_by", "folds", "range", "size", "crop", "cache")  # of own pictures; the last one determines nothing
+OWN = ("group_by", "folds", "range", "size", "crop", "tile", "cache")  # of own pictures; the last determines nothing
 LOG_EVERY = 50  # steps
 VALIDATED = 1_000  # images, a hundred times in a run: some twentieth of its time
 GAMMA_IMAGES = 10_000  # training images whose MSE is the gamma of a finished `optimal` or `homotopy` run
@@ -95,12 +96,10 @@ class Training:
         """This worker's x, uint8 or dequantised, and eps of a step."""
         args, device, rows = self.args, self.device, part(self.args.batch_size)
         rng = generator(args.seed, TRAINING, step)
-        chosen = batch_indices(args.seed, step, args.batch_size, len(self.images))[rows]
-        x = self.images[torch.from_numpy(chosen).to(self.images.device)].to(device)
+        x = of_step(self.images, args.seed, step, args.batch_size, rows).to(device)
         eps = rng.standard_normal((args.batch_size, args.kappa), np.float32)[rows]
         if args.dequantize:
-            uniform = rng.random((args.batch_size, *x.shape[1:]), np.float32)[rows]
-            x = to_unit(x, torch.from_numpy(uniform).to(device))
+            x = to_unit(x, torch.from_numpy(rng.random((args.batch_size, *x.shape[1:]), np.float32)[rows]).to(device))
         return x.contiguous(memory_format=torch.channels_last), torch.from_numpy(eps).to(device)
 
     def backward(self, step):
@@ -304,13 +303,14 @@ class Loop:
 def train(args, images, out, device, split=None, validation=None):
     """Train on uint8 images [N, C, H, W] to args.iters, checkpointing to `out`; returns (model, config).
 
-    With `validation` images [M, C, H, W] the model is that of the step that is best on them. `split` of own images goes
-    into the checkpoints. After a KeyboardInterrupt, or UserError where the loss is not finite, the checkpoint is good.
+    Of `Tiles` each step draws its own. With `validation` images [M, C, H, W] the model is that of the best step on them.
+    `split` of own images goes into the checkpoints, good after a KeyboardInterrupt, or UserError for a loss not finite.
     """
+    whole = images.pictures if isinstance(images, Tiles) else images
     config = {name: getattr(args, name) for name in CONFIG} | {
-        "shape": list(images.shape[1:]), "images_crc32": crc32(images), "images_digest": set_digest(images)}
+        "shape": list(images.shape[1:]), "images_crc32": crc32(whole), "images_digest": set_digest(whole)}
     if split:
-        config |= {name: getattr(args, name) for name in OWN}
+        config |= {name: getattr(args, name) for name in OWN} | {"picture": args.tile and list(whole.shape[1:])}
     run = Training(args, images, device)
     loop, signals = Loop(run, out, config, split, validation), []
     handlers = {s: signal.signal(s, lambda number, frame: signals.append(number))

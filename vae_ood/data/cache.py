@@ -21,7 +21,7 @@ from vae_ood import UserError
 from vae_ood.cli import LOCAL_RANK, LOCAL_WORLD, Progress, duration
 from vae_ood.data.decoding import version
 from vae_ood.data.images import Images, Rows
-from vae_ood.data.own import AUTO, open_own, rule_of
+from vae_ood.data.own import AUTO, WHOLE, open_own, rule_of
 from vae_ood.parallel import any_worker, crc32, from_first
 
 FORMAT = 1
@@ -63,9 +63,10 @@ class Source:
 
     def __init__(self, path, size, crop, skip_bad, levels, show):
         self.own, self.show, self.seen = open_own(path, skip_bad, levels), show, None
-        if size == AUTO and self.own.files is None:
+        if size in (AUTO, WHOLE) and self.own.files is None:
             size = None  # arrays stay as they are
-        self.size, self.crop, self.said = rule_of(self.headers()[0] if size == AUTO else {}, size, crop)
+        self.size, self.crop, self.said = rule_of(
+            self.headers()[0] if size in (AUTO, WHOLE) else {}, size, crop)
         files = [(os.path.relpath(file, path.parent), *changed(file)) for file in self.own.paths()]
         made_of = [FORMAT, version(), files, self.size, self.crop, skip_bad, levels and list(levels)]
         digest = hashlib.blake2b(json.dumps(made_of).encode(), digest_size=8).hexdigest()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 # streams of random numbers
-SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR, REGRET, CORRUPTION, DEQUANTISATION = range(8)
+SHUFFLE, TRAINING, EVALUATION, RENDERING, PRIOR, REGRET, CORRUPTION, DEQUANTISATION, TILING = range(9)
 
 
 @dataclass
@@ -95,6 +95,11 @@ def inside(h, w, height, width):
         return height, max(1, round(w * height / h))
     return max(1, round(h * width / w)), width
 
+
+def at_most(pixels, side):
+    """Pictures [N, C, H, W] scaled down to `side` pixels on the longer side, if they are larger."""
+    h, w = pixels.shape[2:]
+    return convert(pixels, (None, *inside(h, w, side, side)), "stretch") if max(h, w) > side else pixels
 
 def kept(h, w, height, width, crop=None):
     """(top, left, rows, columns) of a picture [h, w] that `convert` keeps for an image [height, width]: all of it, or

@@ -14,17 +14,21 @@ from vae_ood.data.decoding import SMALL, Undecodable, decode, formats, header
 from vae_ood.data.images import Images, convert
 
 NOBODYS = {".ds_store", "thumbs.db", "desktop.ini"}  # the operating system's
-AUTO = "auto"  # the size of the default rule
+AUTO, WHOLE = "auto", "whole"  # the sizes of the default rules: for pictures, and for pictures in tiles
 DONE = {"centre": "scaled and cropped", "pad": "scaled and padded", "stretch": "stretched"}  # by each --crop
 
 
 def rule_of(sizes, size=AUTO, crop=None):
     """(size, [H, W], or None where pictures are taken as they are; crop, None then; the line that says what AUTO does,
     or "") for pictures of `sizes` {(h, w): how many}. AUTO takes pictures of one size of at most SMALL on both sides as
-    they are, and scales others to SMALL x SMALL. Raises UserError."""
+    they are, and scales others to SMALL x SMALL; WHOLE takes those of one size as they are. Raises UserError."""
+    if size == WHOLE and len(sizes) > 1:
+        h, w = (int(np.median(np.repeat(side, list(sizes.values())))) for side in zip(*sizes, strict=True))
+        raise UserError(f"the pictures are of {_span(sizes)}, and --tile needs one: give --size {h}x{w}, the median")
     if size == AUTO and len(sizes) == 1:
         (h, w), = sizes
         size = None if max(h, w) <= SMALL else AUTO
+    size = None if size == WHOLE else size
     if size is None and len(sizes) > 1:
         raise UserError(f"the pictures are of {_span(sizes)}, and those that the model was trained on had one size: "
                         "give these back, or train anew")
@@ -177,7 +181,7 @@ def sized(images, size=AUTO, crop=None):
     """(pixels [N, C, H, W] by `to_pixels`, size, crop) by `rule_of`; arrays stay as they are unless a size is given."""
     images = images if hasattr(images, "shape") or isinstance(images, (str, Path)) else list(images)
     if hasattr(images, "shape"):
-        size, crop, _ = rule_of({}, None if size == AUTO else size, crop)
+        size, crop, _ = rule_of({}, None if size in (AUTO, WHOLE) else size, crop)
         shape = size
     else:
         sizes = Counter(one[1:] for one in map(header, images) if one)

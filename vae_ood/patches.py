@@ -1,0 +1,149 @@
+"""Where a picture's fine structure is not what its other places lead one to expect: whitened patches, without a VAE.
+
+A patch of the log picture is whitened by what the training pictures' patches have in common, which their strongest
+structure has most of; its mean square says how much of what is rare is there. The picture's cells, log mean squares by
+place, are one Gaussian: a cell is surprising given all others, so that the light on a picture does not count.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vae_ood.densities import Gaussian, Tail, under
+from vae_ood.features import of_pictures
+from vae_ood.likelihood import exact_convolutions
+from vae_ood.parallel import from_first, spread
+
+SIDE = 64  # pixels: larger pictures are scaled down to it, as patches cost the fourth power of their side
+PICTURES, PATCHES = 10_000, 150_000  # at most, that are fitted to
+BLACK = 0.02  # is added to pixels in [0, 1] before the log: darker ones are equal
+FLOOR = 1e-4  # of the mean variance of a patch's principal directions: below it none is told apart
+CELL = 4  # pixels of the full scale
+LEAST = 20  # pictures by which it is judged whether a scale holds
+
+
+def log_picture(images, size):
+    """uint8 [N, C, H, W] -> the log of their gray levels at the size (h, w) [N, 1, h, w]."""
+    x = images.float().mean(1, keepdim=True) / 255
+    if tuple(x.shape[2:]) != tuple(size):
+        x = F.interpolate(x, tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    return x.add(BLACK).log()
+
+
+def whitening(y, p, seed=0):
+    """Filters [p p - 1, 1, p, p] that take patches of y [N, 1, h, w], each less its mean, to white ones."""
+    rng, places = np.random.default_rng(seed), (y.shape[2] - p + 1) * (y.shape[3] - p + 1)
+    count, second = 0, torch.zeros(p * p, p * p, dtype=torch.float64, device=y.device)
+    for part in y.split(64):
+        some = torch.from_numpy(rng.permutation(places)[:max(1, PATCHES // len(y))]).to(y.device)
+        patches = F.unfold(part, p)[:, :, some].transpose(1, 2).flatten(0, 1)
+        patches = (patches - patches.mean(1, keepdim=True)).double()
+        count, second = count + len(patches), second + patches.T @ patches
+    variance, direction = torch.linalg.eigh(second / count)
+    variance, direction = variance[1:].clamp(min=0), direction[:, 1:]  # the first is the mean, which has none
+    filters = (direction / (variance + FLOOR * variance.mean() + 1e-12).sqrt()).T
+    return (filters - filters.mean(1, keepdim=True)).reshape(-1, 1, p, p).float()
+
+
+class Scale(torch.nn.Module):
+    """Pictures at one size: the filters, the Gaussian of the cells, and the tail of its distances to others."""
+
+    def __init__(self, plan, filters, gaussian=None, tail=None):
+        """plan: height, width, stride of the filters, cells down, cells across."""
+        super().__init__()
+        self.register_buffer("plan", torch.as_tensor(plan))
+        self.register_buffer("filters", filters)
+        self.gaussian, self.tail = gaussian, tail
+
+    @classmethod
+    def fit(cls, images, kept, plan, p):
+        """To uint8 images [N, C, H, W], the tail to the `kept` ones alone [N]."""
+        scale = cls(plan, whitening(torch.cat([log_picture(part, plan[:2]) for part in images[~kept].split(500)]), p))
+        cells = scale.cells(images)
+        scale.gaussian = Gaussian.fit(cells[~kept])
+        scale.tail = Tail.fit(scale.gaussian(cells[kept]))
+        return scale
+
+    @exact_convolutions
+    def energy(self, images, stride=None):
+        """The mean square of the whitened patch at each place [N, 1, places down, across], of every `stride`-th."""
+        stride = stride or self.plan[2].item()
+        return torch.cat([F.conv2d(log_picture(part, self.plan[:2].tolist()), self.filters, stride=stride).square()
+                          .mean(1, keepdim=True) for part in images.split(32)])
+
+    def cells(self, images):
+        """The log mean squares by cell, float64 [N, cells]."""
+        return (F.adaptive_avg_pool2d(self.energy(images), self.plan[3:].tolist()) + 1e-6).log().flatten(1).double()
+
+    def forward(self, images):
+        """How surprising each image is, -log p [N]."""
+        return self.tail(self.gaussian(self.cells(images)))
+
+    @property
+    def holds(self):
+        """Whether the Gaussian describes pictures that it was not fitted to: their distances spread less than an
+        exponential's, whose standard deviation is its mean. Those of pictures that have nothing in common, place by
+        place, do not, and then say little."""
+        distances = self.tail.inliers
+        return len(distances) >= LEAST and bool(distances.std(correction=0) < distances.mean())
+
+
+def plans(height, width):
+    """[(a Scale's plan, the side of its patches)] for pictures of a size: as they are, or scaled down to SIDE, where
+    every other place will do, and half as large. None of pictures too small to have patches."""
+    shrink, found = min(1, SIDE / max(height, width)), []
+    full = [max(1, round(side * shrink)) for side in (height, width)]
+    for size, share, stride in ((full, 1 / 4, 2), ([side // 2 for side in full], 2 / 5, 1)):
+        p = max(3, 2 * int(share * min(size) / 2) + 1)
+        places = [(side - p) // stride + 1 for side in size]
+        if min(places) > 1:
+            grid = [max(1, min(side // CELL, here)) for side, here in zip(full, places, strict=True)]
+            found.append(([*size, stride, *grid], p))
+    return found
+
+
+class Patches(torch.nn.Module):
+    """How unusual the fine structure of a picture's places is, given that of its other places."""
+
+    def __init__(self, scales):
+        super().__init__()
+        self.scales = torch.nn.ModuleList(scales)
+
+    @classmethod
+    def fit(cls, train, kept):
+        """To training images' features, the tails to the `kept` ones alone [N]."""
+        rows = np.sort(np.random.default_rng(0).permutation(len(kept))[:PICTURES])
+
+        def fitted():
+            images = train["images"][torch.from_numpy(rows)].to(train.device)
+            return cls([Scale.fit(images, torch.from_numpy(kept[rows]), *plan)
+                        for plan in plans(*images.shape[2:])]).cpu().state_dict()
+        return cls.restore(from_first(fitted)).to(train.device)
+
+    @classmethod
+    def restore(cls, state):
+        """What `fit` gave, from its state_dict."""
+        scales = [under(state, f"scales.{i}.") for i in range(len({name.split(".")[1] for name in state}))]
+        return cls([Scale(one["plan"], one["filters"], Gaussian(**under(one, "gaussian.")), Tail(**under(one, "tail.")))
+                    for one in scales])
+
+    @property
+    def holds(self):
+        """Whether one of the scales does."""
+        return any(scale.holds for scale in self.scales)
+
+    def forward(self, features):
+        """The sum of the scales' surprises, of those that hold if one does: float64 [N]; of tiles,
+        each picture's largest."""
+        chosen = [scale for scale in self.scales if scale.holds] or self.scales
+        images = features["images"]
+
+        def compute(part):
+            own = images[part].to(features.device)
+            return {"surprise": sum((scale(own) for scale in chosen), torch.zeros(len(own), dtype=torch.float64,
+                                                                                 device=own.device)).cpu().numpy()}
+        return of_pictures(spread(compute, len(images))["surprise"], features)
+
+    def said(self, name, features):
+        """{name: scores [N]}."""
+        return {name: self(features)}
