@@ -64,6 +64,8 @@ def test_what_is_loaded_says_bit_for_bit_what_was_saved(detector, saved):
             np.testing.assert_array_equal(values, theirs[name], name)
     for ours, theirs in zip(detector.compare(new.pixels), again.compare(new.pixels), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(detector.map(new.pixels), again.map(new.pixels))
+    assert 0 < detector.map_threshold(0.05) == again.map_threshold(0.05) < detector.map_threshold(0.01) == np.inf
     assert again.things == detector.things == 100 and again.scores == list(SCORES)
 
 
@@ -129,13 +131,15 @@ def test_files_that_are_no_detector_are_refused_by_name(saved, tmp_path):
 
     assert "there is no detector" in refused(tmp_path / "none.pt")
     assert "newer vae-ood" in refused(changed("newer.pt", lambda state: state.update(detector=99)))
-    assert "older vae-ood: fit it anew" in refused(changed("older.pt", lambda state: state.update(detector=1)))
+    assert "older vae-ood: fit it anew" in refused(changed("older.pt", lambda state: state.update(detector=2)))
     assert "is not a detector" in refused(changed("ckpt.pt", lambda state: state.pop("detector")))
     for change in (lambda s: s.pop("members"), lambda s: s["config"].update(kappa=5), lambda s: s.update(members=[]),
                    lambda s: s["members"][0]["said"]["nll"].fill_(float("nan")),
                    lambda s: s["members"][0]["model"]["log_gamma"].fill_(float("inf")),
                    lambda s: s["members"][0]["scores"]["latents"].pop("density.mean"),
                    lambda s: s["members"][0]["scores"].update(unknown={}),
+                   lambda s: s["members"][0]["maps"].pop("mean"),
+                   lambda s: s["members"][0]["peaks"].fill_(float("nan")),
                    lambda s: s["members"][0].update(groups=torch.zeros(3))):
         assert "damaged" in refused(changed("damaged.pt", change))
     content = bytearray(saved.read_bytes())

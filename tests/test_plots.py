@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from vae_ood import UserError, plots
+from vae_ood.heat import Scale
 
 NAMES = ["part_2.png", "part_10.png", "<script>alert(1)</script> & \"q' <b>.png", "new\nline\x07\udcff\u202e.png",
          "price $5 and $x_1^2$ \\frac{.png", "漢字😀.png", "far/" * 60 + "end.jpeg"]
 VOID = {"meta", "img", "br", "wbr"}
+SCALE = Scale(3.0, 0.05, 6.0, "maps: marked is what 5% show")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 drawn = pytest.mark.skipif(not plots.available(), reason="needs matplotlib")
 
@@ -29,7 +31,8 @@ def rows_of(n, shape=(16, 12, 3), parts=("residual_spectrum", "latents")):
         components = {name: float(p) for name, p in zip(parts, rng.random(len(parts)), strict=True)}
         least = min(components, key=components.get) if parts else "nll"
         found.append({"name": NAMES[i % len(NAMES)], "image": rng.integers(0, 256, shape, np.uint8),
-                      "reconstruction": rng.integers(90, 110, shape, np.uint8), "score": -9.5 - 0.5 * i,
+                      "reconstruction": rng.integers(90, 110, shape, np.uint8),
+                      "map": rng.uniform(0, 4, shape[:2]).astype(np.float32), "scale": SCALE, "score": -9.5 - 0.5 * i,
                       "p_value": (i + 1) / (n + 1), "components": components, "component": least,
                       "speaks": "fine texture", "outlier": i < 2, "likeness": 1 - (i * 7 % n) / n, "known": i == 1})
     return found
@@ -42,17 +45,17 @@ def test_the_figure_shows_pictures_of_any_shape_and_name(tmp_path, n, shape, par
     rows = rows_of(n, shape, parts)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of a glyph that the font lacks, say
-        plots.outliers(tmp_path / "outliers.png", rows[:16], rows[16:][-16:], "$x_1$ 漢 " + "long " * 50)
+        plots.outliers(tmp_path / "outliers.png", rows[:18], rows[18:][-18:], "$x_1$ 漢 " + "long " * 50)
     with Image.open(tmp_path / "outliers.png") as figure:
         assert figure.info["Software"] == plots.METADATA["Software"]
-        assert figure.width == plots.PAGE and 150 < figure.height < 2000 and np.asarray(figure).std() > 5
+        assert figure.width == plots.PAGE and 150 < figure.height < 2100 and np.asarray(figure).std() > 5
 
 
 @drawn
 def test_all_pictures_of_the_figure_have_one_scale_of_gray(tmp_path):
     rows = rows_of(2, (8, 8, 1), ())
     for row, level in zip(rows, (100, 140), strict=True):  # else each would be stretched to black and white
-        row["image"][:], row["reconstruction"][:] = level, level + 20
+        row["image"][:], row["reconstruction"][:], row["map"][:] = level, level + 20, 0
     plots.outliers(tmp_path / "outliers.png", rows, [], "t")
     levels, counts = np.unique(np.asarray(Image.open(tmp_path / "outliers.png").convert("L")), return_counts=True)
     assert set(levels[counts > 0.9 * plots.PANEL**2]) == {100, 120, 140, 160, 255}
@@ -123,7 +126,8 @@ def test_the_report_holds_the_pictures_themselves(tmp_path):
         rows, path = rows_of(2, shape, ()), tmp_path / "report.html"
         plots.report(path, rows, "t", [])
         pictures = [found for found, _ in Page(path.read_text("utf-8")).all("img")]
-        assert [found["alt"] for found in pictures] == ["picture", "reconstruction"] * 2
+        assert [found["alt"] for found in pictures] == ["picture", "reconstruction", "where it is odd"] * 2
+        del pictures[2::3]
         for found, expected in zip(pictures, [row[key] for row in rows for key in ("image", "reconstruction")],
                                    strict=True):
             head, content = found["src"].split(",")

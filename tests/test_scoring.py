@@ -27,7 +27,8 @@ from vae_ood.model import VAE
 
 def options(path, **changes):
     return SimpleNamespace(**{"score": str(path), "scores": [], "fpr": 0.05, "fdr": None, "confidence": None,
-                              "skip_bad": False, "out": None, "max_images": None} | changes)
+                              "skip_bad": False, "out": None, "max_images": None, "maps": None,
+                              "maps_format": "png"} | changes)
 
 
 def table(folder):

@@ -22,28 +22,28 @@ BLUR, PRIOR = 2, 100  # pixels by which a place's statistics are blurred; pictur
 LOW = 0.5  # what a deviation below the mean counts
 
 
-def shrunk(images, size):
-    """The log of uint8 images [N, C, H, W], scaled to `size`, (h, w)."""
-    x = images.float() / 255
-    if x.shape[2:] != size:
+def log_picture(images, size):
+    """The log of the gray levels of uint8 images [N, C, H, W] at a size, (h, w): [N, 1, h, w]."""
+    x = images.float().mean(1, keepdim=True) / 255
+    if tuple(x.shape[2:]) != size:
         x = F.interpolate(x, size, mode="bilinear", antialias=True)
     return x.add(OFFSET).log()
 
 
 def whitening(y, p, seed=0):
-    """Filters [C p p - C, C, p, p] that make patches of log pictures y [N, C, h, w], less each channel's mean, white,
-    from random ones of them."""
+    """Filters [p p - 1, 1, p, p] that make patches of log pictures y [N, 1, h, w], each less its mean, white, from
+    random ones of them."""
     width, rng, second, count = y.shape[3] - p + 1, np.random.default_rng(seed), 0, 0
     places = (y.shape[2] - p + 1) * width
-    for part in y.split(64):
-        some = torch.from_numpy(rng.permutation(places)[:max(1, min(places, SAMPLE // len(y)))])
-        u = part.unfold(2, p, 1).unfold(3, p, 1)[:, :, some // width, some % width].flatten(3)  # [n, C, places, p p]
-        u = (u - u.mean(3, keepdim=True)).transpose(1, 2).flatten(2).flatten(0, 1).double()
-        second, count = second + u.T @ u, count + len(u)
-    value, vector = torch.linalg.eigh(second / count)
-    value, vector = value[y.shape[1]:].clamp(min=0), vector[:, y.shape[1]:]  # the means' own directions have none
-    k = (vector / (value + FLOOR * value.mean() + 1e-12).sqrt()).T.unflatten(1, (y.shape[1], p * p))
-    return (k - k.mean(2, keepdim=True)).unflatten(2, (p, p)).float().contiguous()
+    for part in y[:, 0].split(64):
+        some = torch.from_numpy(rng.permutation(places)[:max(1, SAMPLE // len(y))])
+        patches = part.unfold(1, p, 1).unfold(2, p, 1)[:, some // width, some % width].flatten(2).flatten(0, 1)
+        patches = (patches - patches.mean(1, keepdim=True)).double()
+        second, count = second + patches.T @ patches, count + len(patches)
+    variance, direction = torch.linalg.eigh(second / count)
+    variance, direction = variance[1:].clamp(min=0), direction[:, 1:]  # the first is the mean, which has none
+    filters = (direction / (variance + FLOOR * variance.mean() + 1e-12).sqrt()).T
+    return (filters - filters.mean(1, keepdim=True)).reshape(-1, 1, p, p).float()
 
 
 def covered(x, p):
@@ -56,7 +56,7 @@ def covered(x, p):
 
 
 def log_energy(y, filters):
-    """The log of the mean square of the whitened patch about each place of log pictures y [N, C, h, w], `covered`
+    """The log of the mean square of the whitened patch about each place of log pictures y [N, 1, h, w], `covered`
     [N, 1, h, w]."""
     energy = torch.cat([F.conv2d(part, filters).square().mean(1, keepdim=True) for part in y.split(16)])
     return covered((energy + LEAST).log(), filters.shape[2])
@@ -94,7 +94,7 @@ class Maps(torch.nn.Module):
     def fit(cls, model, images):
         """To training images, uint8 [N, C, H, W], of which the first FITTED count."""
         images = images[:FITTED]
-        filters = {f"filters{i}": whitening(shrunk(images, size), p) for i, (size, p) in enumerate(
+        filters = {f"filters{i}": whitening(log_picture(images, size), p) for i, (size, p) in enumerate(
             sizes(images.shape[1:]))}
         device = model.log_gamma.device
         new, total, squares = cls(**filters).to(device), 0, 0
@@ -118,7 +118,7 @@ class Maps(torch.nn.Module):
         near = F.avg_pool2d(residual, WINDOW, 1, WINDOW // 2, count_include_pad=False)
         found, images = [(near + QUANTISATION).log()], images.to(near.device)
         for i, (size, _) in enumerate(sizes(images.shape[1:])):
-            energy = log_energy(shrunk(images, size), getattr(self, f"filters{i}"))
+            energy = log_energy(log_picture(images, size), getattr(self, f"filters{i}"))
             found.append(energy if size == shape else F.interpolate(energy, shape, mode="bilinear"))
         return torch.cat(found, 1)
 
