@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from vae_ood.patches import BLACK, CELL, Patches, Scale, log_picture, plans, whitening
-from vae_ood.scores import PATCHES, SCORES, every_fifth
+from vae_ood.scores import PATCHES, SCORES
 
 N = 240
 
@@ -40,8 +40,7 @@ def scratched(images, seed):
 
 @pytest.fixture(scope="module")
 def fitted():
-    train = Pictures(parts(N, 0))
-    return Patches.fit(train, every_fifth(train["groups"]))
+    return Patches.fit(Pictures(parts(N, 0)), Pictures(parts(60, 10)))
 
 
 def test_filters_whiten_the_patches_that_they_were_fitted_to():
@@ -85,10 +84,9 @@ def test_pictures_without_a_common_place_are_not_held_to_one():
     for image in images[::2]:
         size, (y, x) = rng.integers(4, 20), rng.integers(0, 12, 2)
         image[0, y:y + size, x:x + size] = torch.from_numpy(rng.integers(0, 256, (size, size), dtype=np.uint8))
-    found = Patches.fit(Pictures(images), every_fifth(np.arange(N)))
+    found = SCORES[PATCHES].fit(Pictures(images))
     assert not found.holds and np.isfinite(found(Pictures(images[:5]))).all()
-    few = Pictures(parts(30, 0))
-    assert not Patches.fit(few, every_fifth(few["groups"])).holds  # six are too few to say
+    assert not Patches.fit(Pictures(parts(30, 0)), Pictures(parts(6, 10))).holds  # six are too few to say
 
 
 def test_the_state_is_all_it_knows_and_parts_are_scored_alike(fitted):

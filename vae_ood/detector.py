@@ -106,7 +106,7 @@ class Detector:
             names, labels = digests(own.pixels), near(own.pixels, quiet=True) if groups is None else numbered(groups)
             split = split_of(own, names, labels, fpr)
             sets = parts(own, split)
-            validation = sets.pop("validation", None)
+            validation = sets.get("validation")
             model, config = train(args, tiled(sets["train"].pixels, tile), Path(folder), pick_device(device), split,
                                   validation and tiled(validation.pixels, tile))
             sets["train"] = sets["train"].first(FIT_IMAGES)

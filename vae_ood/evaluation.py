@@ -19,7 +19,7 @@ from vae_ood.data.synthetic import CORRUPTIONS, corrupt
 from vae_ood.data.tiles import picture_shape, sampled
 from vae_ood.features import DECODED_OFTEN
 from vae_ood.likelihood import bits_per_dim
-from vae_ood.member import FIT_IMAGES, TRAIN_IMAGES, finite, measure
+from vae_ood.member import FIT_IMAGES, TRAIN_IMAGES, UNSEEN, finite, measure, unseen_of
 from vae_ood.metrics import detection, latent_spectrum, mmd
 from vae_ood.model import flops
 from vae_ood.parallel import crc32
@@ -60,7 +60,7 @@ def limit_images(args, shape, alpha, kappa, device, images=TRAIN_IMAGES, samples
 
 def load_inliers(config, args, split=None):
     """The "train" and the "test" part of the data that the model is for, as many as are used: own images by the
-    checkpoint's `split`. UserError where these are not what the model was trained on."""
+    checkpoint's `split`, perhaps with "validation". UserError where these are not what the model was trained on."""
     data = config["data"]
     if data in NAMED:
         sets = {part: load(data, part, args.data_root, None, config["sprite_factors"]) for part in ("train", "test")}
@@ -72,7 +72,6 @@ def load_inliers(config, args, split=None):
         images, _, _ = read_own(Path(data), config.get("cache"), False, config.get("size"), config.get("crop"),
                                 config["skip_bad"] or args.skip_bad, config.get("range"))
         sets = parts(images, split)
-        sets.pop("validation", None)
         if crc32(sets["train"].pixels) != config.get("images_crc32"):
             raise UserError(f"the images in {data} are not those that the model was trained on (another checksum): "
                             "give them back, or train anew")
@@ -98,8 +97,9 @@ def trained_on(config, images):
 
 
 def limited(sets, args):
-    """The first images of the "train" and the "test" part, as many as scores are fitted to and calibrated with."""
-    sets = {"train": sets["train"].first(args.max_images or FIT_IMAGES), "test": sets["test"].first(args.max_images)}
+    """The first images of the parts, as many as scores are fitted to and calibrated with."""
+    most = {"train": args.max_images or FIT_IMAGES, "validation": UNSEEN, "test": args.max_images}
+    sets = {name: images.first(most[name]) for name, images in sets.items()}
     if len(sets["train"].pixels) < 2:
         raise UserError("scores are fitted to two training images at least: give more, or a larger --max-images")
     return sets
@@ -130,8 +130,10 @@ def load_outliers(config, args, test):
 
 def evaluate(model, config, sets, args, out, fitted=None, scores=None):
     """Evaluate `sets` ({'train', 'test', outliers...: Images}), print the tables and write the files to `out`. Scores
-    are fitted to all of 'train', of which TRAIN_IMAGES are evaluated where --max-images does not say; `fitted` are the
-    features of 'train', and `scores` {name: fitted}, where they are there already."""
+    are fitted to all of 'train', of which TRAIN_IMAGES are evaluated where --max-images does not say, and 'validation';
+    `fitted` are the features of 'train', and `scores` {name: fitted}, where they are there already."""
+    unseen = unseen_of(model, config, sets, args)
+    sets = {name: images for name, images in sets.items() if name != "validation"}
     train = sampled(sets["train"], config, args.max_images or FIT_IMAGES)
     fitted = fitted or measure(model, config, train, args, "train")
     sets = sets | {"train": train.first(args.max_images or TRAIN_IMAGES)}
@@ -149,7 +151,7 @@ def evaluate(model, config, sets, args, out, fitted=None, scores=None):
                "iw_samples": args.iw_samples, "kl_per_dim": kl.tolist(), "spectrum_cut": cut, "spectrum_ratio": ratio,
                "mmd": mmd(z, prior) if len(z) > 1 else None, "mmd_images": len(z), "fit_images": len(fitted.images),
                "sets": likelihood_table(measured, sets, bits, args, bool(config.get("tile")))}
-    scores, metrics["scores"] = score_table(fitted, features, args, scores or {})
+    scores, metrics["scores"] = score_table(fitted, unseen, features, args, scores or {})
     if config["data"] == "sprites":
         print(f"\n{cut} of {config['kappa']} latent dimensions carry the data; the family has "
               f"{config['sprite_factors']}" + (f" (largest drop of the mean KL: {ratio:.1f}-fold)" if ratio else ""))
@@ -187,7 +189,7 @@ def likelihood_table(measured, sets, bits, args, tiles=False):
     return table
 
 
-def score_table(fitted, features, args, known):
+def score_table(fitted, unseen, features, args, known):
     """Print how each score, fitted here unless it is `known`, tells each outlier set from 'test'; returns ({score:
     {set: [N]}}, {score: {set: {...}}})."""
     outliers = [name for name in features if name not in ("train", "test")]
@@ -196,7 +198,7 @@ def score_table(fitted, features, args, known):
           f"training {'tiles; a picture scores as its largest tile' if features['test'].tiles > 1 else 'images'}")
     scores, table = {}, {}
     for score in args.scores:
-        scorer = known.get(score) or SCORES[score].fit(fitted)
+        scorer = known.get(score) or SCORES[score].fit(fitted, unseen)
         of = scores[score] = {name: finite(score, scorer(f)) for name, f in features.items()}
         table[score] = {name: detection(of["test"], of[name], paired=name in CORRUPTIONS) for name in outliers}
         print(f"{score + ' (control)' * SCORES[score].control:<27}" + "".join(

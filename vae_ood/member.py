@@ -18,6 +18,7 @@ from vae_ood.scores import SCORES
 
 FIT_IMAGES = 30_000  # of the training set: scores are fitted to so many, where --max-images does not say
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
+UNSEEN = 2_000  # of the validation images say how surprising a score is
 COMPARED = 2_000  # images that calibrate, and new ones, by how near they lie to the training images
 
 
@@ -42,6 +43,12 @@ def measure(model, config, images, args, label=None, first=0):
                     (config["seed"], first) if config["dequantize"] else None, tiles)
 
 
+def unseen_of(model, config, inliers, args):
+    """The `Features` of the validation images, on which the model was not trained; None where there are none."""
+    images = inliers.get("validation")
+    return images and measure(model, config, images.first(UNSEEN), args, "validation")
+
+
 def finite(name, scores):
     """The scores [N]; UserError unless all of them are finite."""
     if bad := int((~np.isfinite(scores)).sum()):
@@ -64,12 +71,13 @@ class Member:
 
     @classmethod
     def fit(cls, model, config, inliers, scores, args, fitted=None):
-        """Fit `scores`, names, to inliers["train"], whose features may be there already, and calibrate on
-        inliers["test"]."""
+        """Fit `scores`, names, to inliers["train"], whose features may be there already, and perhaps "validation", and
+        calibrate on inliers["test"]."""
         train, test = inliers["train"], inliers["test"]
         n, groups = len(train.pixels), np.arange(len(test.pixels)) if test.groups is None else test.groups
         fitted = fitted or measure(model, config, sampled(train, config, args.max_images or FIT_IMAGES), args, "train")
-        scores = {name: SCORES[name].fit(fitted) for name in scores}
+        unseen = unseen_of(model, config, inliers, args)
+        scores = {name: SCORES[name].fit(fitted, unseen) for name in scores}
         nearest = Nearest.of(train.pixels)
         member = cls(model, scores, {}, groups, nearest, nearest.distance(test.pixels[:COMPARED]), n)
         member.said, member.view = member.heard(config, test, args)

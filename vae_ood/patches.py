@@ -31,18 +31,24 @@ def log_picture(images, size):
 
 
 def whitening(y, p, seed=0):
-    """Filters [p p - 1, 1, p, p] that take patches of y [N, 1, h, w], each less its mean, to white ones."""
-    rng, places = np.random.default_rng(seed), (y.shape[2] - p + 1) * (y.shape[3] - p + 1)
-    count, second = 0, torch.zeros(p * p, p * p, dtype=torch.float64, device=y.device)
-    for part in y.split(64):
+    """Filters [p p - 1, 1, p, p] that make patches of log pictures y [N, 1, h, w], each less its mean, white, from
+    random ones of them."""
+    width, rng, second, count = y.shape[3] - p + 1, np.random.default_rng(seed), 0, 0
+    places = (y.shape[2] - p + 1) * width
+    for part in y[:, 0].split(64):
         some = torch.from_numpy(rng.permutation(places)[:max(1, PATCHES // len(y))]).to(y.device)
-        patches = F.unfold(part, p)[:, :, some].transpose(1, 2).flatten(0, 1)
+        patches = part.unfold(1, p, 1).unfold(2, p, 1)[:, some // width, some % width].flatten(2).flatten(0, 1)
         patches = (patches - patches.mean(1, keepdim=True)).double()
-        count, second = count + len(patches), second + patches.T @ patches
+        second, count = second + patches.T @ patches, count + len(patches)
     variance, direction = torch.linalg.eigh(second / count)
     variance, direction = variance[1:].clamp(min=0), direction[:, 1:]  # the first is the mean, which has none
     filters = (direction / (variance + FLOOR * variance.mean() + 1e-12).sqrt()).T
     return (filters - filters.mean(1, keepdim=True)).reshape(-1, 1, p, p).float()
+
+
+def some(images):
+    """At most PICTURES of the images, a tensor or what gives tensors."""
+    return images[torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(images))[:PICTURES]))]
 
 
 class Scale(torch.nn.Module):
@@ -56,28 +62,32 @@ class Scale(torch.nn.Module):
         self.gaussian, self.tail = gaussian, tail
 
     @classmethod
-    def fit(cls, images, kept, plan, p):
-        """To uint8 images [N, C, H, W], the tail to the `kept` ones alone [N]."""
-        scale = cls(plan, whitening(torch.cat([log_picture(part, plan[:2]) for part in images[~kept].split(500)]), p))
-        cells = scale.cells(images)
-        scale.gaussian = Gaussian.fit(cells[~kept])
-        scale.tail = Tail.fit(scale.gaussian(cells[kept]))
+    def fit(cls, images, unseen, plan, p):
+        """To uint8 images [N, C, H, W], the tail to features of others."""
+        y = torch.cat([log_picture(part, plan[:2]) for part in images.split(500)])
+        scale = cls(plan, whitening(y, p).cpu())
+        scale.gaussian = Gaussian.fit(scale.cells(images))
+        distances = scale.distances(unseen["images"], images.device)
+        scale.tail = Tail.fit(torch.from_numpy(of_pictures(distances, unseen)))
         return scale
 
     @exact_convolutions
-    def energy(self, images, stride=None):
-        """The mean square of the whitened patch at each place [N, 1, places down, across], of every `stride`-th."""
-        stride = stride or self.plan[2].item()
-        return torch.cat([F.conv2d(log_picture(part, self.plan[:2].tolist()), self.filters, stride=stride).square()
+    def energy(self, images):
+        """The mean square of the whitened patch about every `stride`-th place [N, 1, places down, across]."""
+        *size, stride, _, _ = self.plan.tolist()
+        filters = self.filters.to(images.device)
+        return torch.cat([F.conv2d(log_picture(part, size), filters, stride=stride).square()
                           .mean(1, keepdim=True) for part in images.split(32)])
 
     def cells(self, images):
-        """The log mean squares by cell, float64 [N, cells]."""
-        return (F.adaptive_avg_pool2d(self.energy(images), self.plan[3:].tolist()) + 1e-6).log().flatten(1).double()
+        """The log mean squares by cell, float64 [N, cells], on the CPU."""
+        pooled = F.adaptive_avg_pool2d(self.energy(images), self.plan[3:].tolist())
+        return (pooled + 1e-6).log().flatten(1).cpu().double()
 
-    def forward(self, images):
-        """How surprising each image is, -log p [N]."""
-        return self.tail(self.gaussian(self.cells(images)))
+    def distances(self, images, device):
+        """The Gaussian's squared Mahalanobis distances [N] of images, a tensor or what gives tensors."""
+        return np.concatenate([self.gaussian(self.cells(images[start:start + 500].to(device))).numpy()
+                               for start in range(0, len(images), 500)] or [np.zeros(0)])
 
     @property
     def holds(self):
@@ -110,15 +120,12 @@ class Patches(torch.nn.Module):
         self.scales = torch.nn.ModuleList(scales)
 
     @classmethod
-    def fit(cls, train, kept):
-        """To training images' features, the tails to the `kept` ones alone [N]."""
-        rows = np.sort(np.random.default_rng(0).permutation(len(kept))[:PICTURES])
-
+    def fit(cls, train, unseen):
+        """To features of training images, the tails to those of others."""
         def fitted():
-            images = train["images"][torch.from_numpy(rows)].to(train.device)
-            return cls([Scale.fit(images, torch.from_numpy(kept[rows]), *plan)
-                        for plan in plans(*images.shape[2:])]).cpu().state_dict()
-        return cls.restore(from_first(fitted)).to(train.device)
+            images = some(train["images"]).to(train.device)
+            return cls([Scale.fit(images, unseen, *plan) for plan in plans(*images.shape[2:])]).state_dict()
+        return cls.restore(from_first(fitted))
 
     @classmethod
     def restore(cls, state):
@@ -133,16 +140,15 @@ class Patches(torch.nn.Module):
         return any(scale.holds for scale in self.scales)
 
     def forward(self, features):
-        """The sum of the scales' surprises, of those that hold if one does: float64 [N]; of tiles,
-        each picture's largest."""
-        chosen = [scale for scale in self.scales if scale.holds] or self.scales
-        images = features["images"]
-
-        def compute(part):
-            own = images[part].to(features.device)
-            return {"surprise": sum((scale(own) for scale in chosen), torch.zeros(len(own), dtype=torch.float64,
-                                                                                 device=own.device)).cpu().numpy()}
-        return of_pictures(spread(compute, len(images))["surprise"], features)
+        """The sum of the scales' surprises, of those that hold if one does: float64 [N]; a picture in tiles is as far
+        out as the farthest."""
+        chosen, images = [scale for scale in self.scales if scale.holds] or self.scales, features["images"]
+        found = spread(lambda part: {str(i): scale.distances(images[part], features.device)
+                                     for i, scale in enumerate(chosen)}, len(images))
+        surprise = torch.zeros(len(images) // features.tiles, dtype=torch.float64)
+        for i, scale in enumerate(chosen):
+            surprise += scale.tail(torch.from_numpy(of_pictures(found[str(i)], features)))
+        return surprise.numpy()
 
     def said(self, name, features):
         """{name: scores [N]}."""

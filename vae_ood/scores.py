@@ -15,7 +15,7 @@ import torch
 from vae_ood.densities import ECOD, Gaussian, Mixture, Tail, Typicality, under
 from vae_ood.features import Part, of_pictures
 from vae_ood.parallel import from_first
-from vae_ood.patches import Patches
+from vae_ood.patches import LEAST, Patches
 
 COMPONENTS = "residual_spectrum", "residual_regions", "likelihood_path", "latents", "joint"  # of `default`
 PATCHES = "image_patches"  # its other view
@@ -50,13 +50,13 @@ class Combined(torch.nn.Module):
         self.tail, self.patches = tail, patches
 
     @classmethod
-    def fit(cls, train):
-        kept = every_fifth(train["groups"])
-        components = [SCORES[name].fit(Part(train, ~kept)) for name in COMPONENTS]
-        parts = [torch.from_numpy(component(Part(train, kept))) for component in components]
+    def fit(cls, train, unseen):
+        """The components to features of `train`, the tails to those of `unseen`."""
+        components = [SCORES[name].fit(train) for name in COMPONENTS]
+        parts = [torch.from_numpy(component(unseen)) for component in components]
         tails = [Tail.fit(part) for part in parts]
         norm = torch.stack([tail(part) for tail, part in zip(tails, parts, strict=True)]).norm(4, dim=0)
-        return cls(components, tails, Tail.fit(norm), Patches.fit(train, kept))
+        return cls(components, tails, Tail.fit(norm), Patches.fit(train, unseen))
 
     @classmethod
     def restore(cls, state):
@@ -106,12 +106,15 @@ class Score:
     by: type | Callable
     control: bool = False
 
-    def fit(self, train):
-        """The function from images' features to their scores [N], float64, fitted to training images' features."""
-        if self.by is Combined:
-            return Combined.fit(train)
-        if self.by is Patches:
-            return Patches.fit(train, every_fifth(train["groups"]))
+    def fit(self, train, unseen=None):
+        """The function from images' features to their scores [N], float64, fitted to training images' features. What
+        is judged by images that it was not fitted to takes those of `unseen`, to which the model was not fitted
+        either; where these are too few, a fifth of the training images."""
+        if self.by in (Combined, Patches):
+            if unseen is None or len(unseen["groups"]) < LEAST:
+                kept = every_fifth(train["groups"])
+                train, unseen = Part(train, ~kept), Part(train, kept)
+            return self.by.fit(train, unseen)
         if not isinstance(self.by, type):
             return Fitted(self.reads, self.by)
         x = read(train, self.reads)  # by all workers
