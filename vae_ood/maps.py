@@ -1,7 +1,9 @@
 """Where a picture is odd: a map of it, in standard deviations of the training images' maps at that place.
 
 A map reads, by place, the log energies of whitened patches of the picture, at three scales, and that of the residual.
-What counts, and how, was settled on two kinds of defects of magnetic tiles (Blowhole, Break).
+What counts, and how, was settled on two kinds of defects of magnetic tiles (Blowhole, Break). Without the statistics of
+each place the order of the pixels is a little better there (AUROC 0.90 for 0.87), but the highest values are then those
+of places that are always busy, and a threshold that ordinary pictures seldom exceed finds a quarter as many defects.
 """
 
 import numpy as np
@@ -11,39 +13,15 @@ import torch.nn.functional as F
 from vae_ood.features import QUANTISATION, residuals
 from vae_ood.likelihood import exact_convolutions
 from vae_ood.metrics import conformal_p_values
+from vae_ood.patches import log_picture, whitening
 
 FITTED = 1_000  # training images that maps are fitted to, the first ones
 CALIBRATED = 2_000  # images, the first of those that calibrate, whose maps say how high ordinary ones go
 LONGEST, WINDOW = 64, 5  # pixels: of a picture's longer side, at most; in whose square a residual's energy is averaged
 PATCHES = (1, 9), (1, 5), (2, 9)  # the picture's size over that of the one whose patches are whitened; their size
-SAMPLE = 150_000  # patches that the whitening is fitted to
-OFFSET, FLOOR, LEAST = 0.02, 1e-4, 1e-3  # of gray before its log, of variances, of whitened energy before its log
+LEAST = 1e-3  # is added to whitened energy, which is 1 on average, before its log
 BLUR, PRIOR = 2, 100  # pixels by which a place's statistics are blurred; pictures that the whole map's count as
 LOW = 0.5  # what a deviation below the mean counts
-
-
-def log_picture(images, size):
-    """The log of the gray levels of uint8 images [N, C, H, W] at a size, (h, w): [N, 1, h, w]."""
-    x = images.float().mean(1, keepdim=True) / 255
-    if tuple(x.shape[2:]) != size:
-        x = F.interpolate(x, size, mode="bilinear", antialias=True)
-    return x.add(OFFSET).log()
-
-
-def whitening(y, p, seed=0):
-    """Filters [p p - 1, 1, p, p] that make patches of log pictures y [N, 1, h, w], each less its mean, white, from
-    random ones of them."""
-    width, rng, second, count = y.shape[3] - p + 1, np.random.default_rng(seed), 0, 0
-    places = (y.shape[2] - p + 1) * width
-    for part in y[:, 0].split(64):
-        some = torch.from_numpy(rng.permutation(places)[:max(1, SAMPLE // len(y))])
-        patches = part.unfold(1, p, 1).unfold(2, p, 1)[:, some // width, some % width].flatten(2).flatten(0, 1)
-        patches = (patches - patches.mean(1, keepdim=True)).double()
-        second, count = second + patches.T @ patches, count + len(patches)
-    variance, direction = torch.linalg.eigh(second / count)
-    variance, direction = variance[1:].clamp(min=0), direction[:, 1:]  # the first is the mean, which has none
-    filters = (direction / (variance + FLOOR * variance.mean() + 1e-12).sqrt()).T
-    return (filters - filters.mean(1, keepdim=True)).reshape(-1, 1, p, p).float()
 
 
 def covered(x, p):

@@ -32,11 +32,12 @@ def log_picture(images, size):
 
 def whitening(y, p, seed=0):
     """Filters [p p - 1, 1, p, p] that take patches of y [N, 1, h, w], each less its mean, to white ones."""
-    rng, places = np.random.default_rng(seed), (y.shape[2] - p + 1) * (y.shape[3] - p + 1)
+    rng, width = np.random.default_rng(seed), y.shape[3] - p + 1
+    places = (y.shape[2] - p + 1) * width
     count, second = 0, torch.zeros(p * p, p * p, dtype=torch.float64, device=y.device)
-    for part in y.split(64):
+    for part in y[:, 0].split(64):
         some = torch.from_numpy(rng.permutation(places)[:max(1, PATCHES // len(y))]).to(y.device)
-        patches = F.unfold(part, p)[:, :, some].transpose(1, 2).flatten(0, 1)
+        patches = part.unfold(1, p, 1).unfold(2, p, 1)[:, some // width, some % width].flatten(2).flatten(0, 1)
         patches = (patches - patches.mean(1, keepdim=True)).double()
         count, second = count + len(patches), second + patches.T @ patches
     variance, direction = torch.linalg.eigh(second / count)

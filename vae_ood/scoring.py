@@ -131,7 +131,8 @@ class Scored:
                 for what in ("image", "reconstruction"):
                     row[what] = at_most(torch.from_numpy(row[what]).permute(2, 0, 1)[None], SHOWN)[0].permute(
                         1, 2, 0).numpy()
-                row["map"] = F.adaptive_max_pool2d(torch.from_numpy(row["map"])[None], row["image"].shape[:2])[0].numpy()
+                where = torch.from_numpy(row["map"])[None]
+                row["map"] = F.adaptive_max_pool2d(where, row["image"].shape[:2])[0].numpy()
 
     def _draw(self, images, seen):
         """Add these to the sample: each image has a random key, and those of the smallest ones stay."""
