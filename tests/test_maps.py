@@ -75,7 +75,7 @@ def test_a_map_lies_over_the_part_of_the_picture_that_was_scored(size, crop):
 
 def test_the_promised_share_of_ordinary_pictures_shows_anything(model, maps):
     rng, things = np.random.default_rng(0), 300
-    busy = torch.from_numpy(rng.uniform(0.7, 1.3, things)).float().repeat_interleave(2)  # two pictures of each are alike
+    busy = torch.from_numpy(rng.uniform(0.7, 1.3, things)).float().repeat_interleave(2)  # two pictures a thing, alike
     ordinary = 120 + (textured(2 * things, seed=3).float() - 120) * busy[:, None, None, None]
     peaks, groups = maps(model, ordinary.clamp(0, 255).byte()).amax((1, 2)).numpy(), np.arange(2 * things) // 2
     rates = []

@@ -29,7 +29,7 @@ def fitted(density, x, **options):
 class Made(dict):
     """Features that were made up."""
 
-    device = torch.device("cpu")
+    device, tiles = torch.device("cpu"), 1
 
 
 def random_images(n, shape, seed=0):
@@ -273,6 +273,13 @@ def test_default_is_the_norm_of_what_its_components_say_of_images_that_they_were
         score = SCORES[name].fit(others)
         total = total + fitted(Tail, score(fifth))(score(some)) ** 4
     np.testing.assert_allclose(SCORES["default"].fit(train)(some), total**0.25)
+    unseen, total = made_up_features(rng, 50, mu=0.5), 0  # where there are others, all training images are fitted to
+    for name in ("residual_spectrum", "residual_regions", "likelihood_path", "latents", "joint"):
+        score = SCORES[name].fit(train)
+        total = total + fitted(Tail, score(unseen))(score(some)) ** 4
+    np.testing.assert_allclose(SCORES["default"].fit(train, unseen)(some), total**0.25)
+    too_few = made_up_features(rng, 19)
+    np.testing.assert_array_equal(SCORES["default"].fit(train, too_few)(some), SCORES["default"].fit(train)(some))
 
 
 def test_default_is_fitted_and_judged_on_other_things():

@@ -1,7 +1,9 @@
 """Where a picture is odd: a map of it, in standard deviations of the training images' maps at that place.
 
 A map reads, by place, the log energies of whitened patches of the picture, at three scales, and that of the residual.
-What counts, and how, was settled on two kinds of defects of magnetic tiles (Blowhole, Break).
+What counts, and how, was settled on two kinds of defects of magnetic tiles (Blowhole, Break). Without the statistics of
+each place the order of the pixels is a little better there (AUROC 0.90 for 0.87), but the highest values are then those
+of places that are always busy, and a threshold that ordinary pictures seldom exceed finds a quarter as many defects.
 """
 
 import numpy as np
@@ -17,7 +19,7 @@ FITTED = 1_000  # training images that maps are fitted to, the first ones
 CALIBRATED = 2_000  # images, the first of those that calibrate, whose maps say how high ordinary ones go
 LONGEST, WINDOW = 64, 5  # pixels: of a picture's longer side, at most; in whose square a residual's energy is averaged
 PATCHES = (1, 9), (1, 5), (2, 9)  # the picture's size over that of the one whose patches are whitened; their size
-LEAST = 1e-3  # is added to a whitened energy before its log
+LEAST = 1e-3  # is added to whitened energy, which is 1 on average, before its log
 BLUR, PRIOR = 2, 100  # pixels by which a place's statistics are blurred; pictures that the whole map's count as
 LOW = 0.5  # what a deviation below the mean counts
 

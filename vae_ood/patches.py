@@ -31,10 +31,10 @@ def log_picture(images, size):
 
 
 def whitening(y, p, seed=0):
-    """Filters [p p - 1, 1, p, p] that make patches of log pictures y [N, 1, h, w], each less its mean, white, from
-    random ones of them."""
-    width, rng, second, count = y.shape[3] - p + 1, np.random.default_rng(seed), 0, 0
+    """Filters [p p - 1, 1, p, p] that take patches of y [N, 1, h, w], each less its mean, to white ones."""
+    rng, width = np.random.default_rng(seed), y.shape[3] - p + 1
     places = (y.shape[2] - p + 1) * width
+    count, second = 0, torch.zeros(p * p, p * p, dtype=torch.float64, device=y.device)
     for part in y[:, 0].split(64):
         some = torch.from_numpy(rng.permutation(places)[:max(1, PATCHES // len(y))]).to(y.device)
         patches = part.unfold(1, p, 1).unfold(2, p, 1)[:, some // width, some % width].flatten(2).flatten(0, 1)
