@@ -96,3 +96,8 @@ def test_too_few_things_mark_nothing_and_say_why(found):  # noqa: F811
     scale = scale_of(found.members[0], 0.001)
     assert scale.threshold == np.inf and 0 < scale.top < np.inf
     assert "999 things must calibrate them for a rate of 0.001, and there are 99" in scale.meaning
+
+
+def test_maps_are_of_pictures_that_are_scored(command):
+    result = command("eval.py", "--ckpt", "x", "--maps", "y", check=False)
+    assert result.returncode == 2 and "--maps: give --score PATH" in result.stderr
