@@ -117,7 +117,8 @@ def load_outliers(config, args, test):
     if clash := {"train", "test"} & set(args.outliers or ()):
         raise UserError(f"--outliers {clash.pop()}: the inliers' own parts are evaluated anyway; name another set")
     sets = {}
-    for name in args.outliers or PAIRS.get(config["data"], ["noise", "constant"]):
+    made_up = ["blurred", "patched"] if config.get("tile") else ["noise", "constant"]  # no more pictures than test has
+    for name in args.outliers or PAIRS.get(config["data"], made_up):
         try:
             images = corrupt(test, name) if name in CORRUPTIONS else load_others(config, name, args)
             sets[name] = images.first(args.max_images)
