@@ -176,7 +176,7 @@ def test_likelihood_path_is_ecod():
         left = [-math.log((1 + (train["path"][:, j] <= row[j]).sum()) / 61) for j in range(3)]
         right = [-math.log((1 + (train["path"][:, j] >= row[j]).sum()) / 61) for j in range(3)]
         expected.append(max(sum(left), sum(right), right[0] + right[1] + left[2]))  # skewed to the right, right, left
-    np.testing.assert_allclose(SCORES["likelihood_path"].fit(Made(train))(x), expected, rtol=1e-12)
+    np.testing.assert_allclose(SCORES["likelihood_path"].fit(Made(train))(Made(x)), expected, rtol=1e-12)
 
 
 def test_regret_is_the_encoders_gap():

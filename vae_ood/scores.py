@@ -18,7 +18,8 @@ from vae_ood.parallel import from_first
 from vae_ood.patches import LEAST, Patches
 
 COMPONENTS = "residual_spectrum", "residual_regions", "likelihood_path", "latents", "joint"  # of `default`
-PATCHES = "image_patches"  # its other view
+PATCHES = "image_patches"  # its other view, beside which the components together count HALF
+HALF = 0.5
 
 
 def read(features, names):
@@ -81,7 +82,7 @@ class Combined(torch.nn.Module):
         surprises = self.surprises(parts)
         score = torch.stack([surprises[component] for component in COMPONENTS]).norm(4, dim=0)
         if PATCHES in parts:
-            score = torch.stack([self.tail(score), surprises[PATCHES]]).norm(4, dim=0)
+            score = torch.stack([HALF * self.tail(score), surprises[PATCHES]]).norm(4, dim=0)
         return {name: score.numpy()} | {f"{name}.{component}": part for component, part in parts.items()}
 
     def surprises(self, parts):
@@ -139,7 +140,7 @@ SCORES = {
     "default": Score(
         """The score to use without thinking: the 4-norm of the surprises -log p of COMPONENTS, fitted on four fifths of
         the training images, with p from the others. Where the training images show the same place by place, as those
-        of parts do (`Scale.holds`), it is the 4-norm of that one's surprise and the patches'.
+        of parts do (`Scale.holds`), it is the 4-norm of half of that one's surprise and the patches'.
 
         Fisher's sum of -log p is best where all see an outlier, the largest of them where one does; a norm between the
         two loses little to either, so that neither low-level statistics nor latent ones drown the other. It is not a
