@@ -179,7 +179,7 @@ def test_what_cannot_be_cut_is_told(monkeypatch, tmp_path):
         rule_of({(60, 80): 1, (70, 90): 3, (80, 100): 1}, WHOLE)
     assert rule_of({(70, 90): 3}, WHOLE) == (None, None, "") == rule_of({}, WHOLE)
     assert sized(noise(4, 70, 90), WHOLE)[0].shape == (4, 1, 70, 90)
-    with pytest.raises(UserError, match="--tile 71.*70x90.*at most 70"):
+    with pytest.raises(UserError, match=r"--tile 71.*70x90.*at most 70"):
         tiled(noise(4, 1, 70, 90), 71)
     monkeypatch.setattr(sys, "argv", ["run.py", "--data", "cifar10", "--tile", "16"])
     with pytest.raises(UserError, match="--tile: cifar10"):

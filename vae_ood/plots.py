@@ -93,10 +93,13 @@ def p_text(p):
     return f"{p:.4f}" if p >= 0.001 else np.format_float_positional(p, 2, fractional=False, trim="-")
 
 
+WHERE = "where it is odd"
+
+
 def panels(row):
     """{what: uint8 [H, W, C]} to show of a row, beside each other."""
     return {"picture": row["image"], "reconstruction": row["reconstruction"],
-            "where it is odd": marked(row["image"], row["map"], row["scale"])}
+            WHERE: marked(row["image"], row["map"], row["scale"])}
 
 
 def outliers(path, most, least, title):
@@ -297,7 +300,7 @@ def table_row(row):
 
 
 def thumbnail(what, image):
-    """uint8 [H, W, C] as an <img> that holds its PNG; one larger than it is shown is scaled down."""
+    """uint8 [H, W, C] as an <img> that holds it; one larger than it is shown is scaled down."""
     try:
         from PIL import Image
     except ImportError:
@@ -305,6 +308,7 @@ def thumbnail(what, image):
     picture, buffer = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), io.BytesIO()
     width, height = (max(1, round(side * THUMBNAIL / max(picture.size))) for side in picture.size)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    picture.save(buffer, "PNG", optimize=True)
+    kind = "JPEG" if what == WHERE else "PNG"  # one is for the eye alone: a third of the size
+    picture.save(buffer, kind, optimize=True)
     content = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{what}" width="{width}" height="{height}" src="data:image/png;base64,{content}">'
+    return f'<img alt="{what}" width="{width}" height="{height}" src="data:image/{kind.lower()};base64,{content}">'
