@@ -31,7 +31,7 @@ def add_data_arguments(parser):
                        "64x64 for a folder, unless all its pictures have one smaller size; arrays stay as they are)")
     group.add_argument("--crop", choices=("centre", "pad", "stretch"), help="scale to cover --size and keep the centre "
                        "(the default), to fit inside and repeat the edge, or the whole whatever its shape")
-    group.add_argument("--tile", type=positive_int, metavar="N", help="cut own pictures, of --size or of one size, into "
+    group.add_argument("--tile", type=positive_int, metavar="N", help="cut own pictures, of --size or one size, into "
                        "square tiles of N pixels, which the model learns; whole pictures are scored and flagged")
     group.add_argument("--cache", metavar="DIR", help="keep the decoded own pictures in a file in this folder, not in "
                        "memory (default: only if they would take more than half of it, in the folder cache beside "
@@ -210,8 +210,8 @@ def read(args, out):
             of = f"--size {'x'.join(map(str, size))} --crop {crop}" if size else "pictures as they are"
             raise UserError(f"{kept} was trained with {of}: resume with the same flags, or give another --out")
         if args.tile != state["config"].get("tile"):
-            raise UserError(f"{kept} was trained with --tile {state['config'].get('tile')}: resume with the same flags, or "
-                            "give another --out")
+            raise UserError(f"{kept} was trained with --tile {state['config'].get('tile')}: resume with the same flags,"
+                            " or give another --out")
     forced, args.cache = bool(args.cache), str(Path(args.cache or out.parent / "cache").resolve())
     images, args.size, args.crop = read_own(Path(args.data), args.cache, forced, size, crop, args.skip_bad, args.range,
                                             show=True)

@@ -15,7 +15,17 @@ from vae_ood import UserError, checkpoint, training
 from vae_ood.data.images import Images, Rows
 from vae_ood.data.own import WHOLE, rule_of, sized
 from vae_ood.data.tiles import (
-    BLOCK_BYTES, Tiles, at_once, grid, of_step, places, put_together, random_corners, sampled, tiled)
+    BLOCK_BYTES,
+    Tiles,
+    at_once,
+    grid,
+    of_step,
+    places,
+    put_together,
+    random_corners,
+    sampled,
+    tiled,
+)
 from vae_ood.detector import Detector
 
 CPU = torch.device("cpu")
@@ -90,7 +100,7 @@ def test_a_training_on_tiles_resumes_bit_for_bit(tmp_path, monkeypatch):
     def trained(name, whole):
         out = tmp_path / name
         out.mkdir(exist_ok=True)
-        model, config = training.train(args, tiled(whole, 8), out, CPU, split, tiled(whole[:4], 8))
+        _, config = training.train(args, tiled(whole, 8), out, CPU, split, tiled(whole[:4], 8))
         return config, checkpoint.load(out / "ckpt.pt")["model"]
     config, expected = trained("whole", pictures[order])
     assert (config["shape"], config["tile"], config["picture"]) == ([1, 8, 8], 8, [1, 20, 30])
@@ -171,7 +181,7 @@ def test_what_cannot_be_cut_is_told(monkeypatch, tmp_path):
         rule_of({(60, 80): 1, (70, 90): 3, (80, 100): 1}, WHOLE)
     assert rule_of({(70, 90): 3}, WHOLE) == (None, None, "") == rule_of({}, WHOLE)
     assert sized(noise(4, 70, 90), WHOLE)[0].shape == (4, 1, 70, 90)
-    with pytest.raises(UserError, match="--tile 71.*70x90.*at most 70"):
+    with pytest.raises(UserError, match=r"--tile 71.*70x90.*at most 70"):
         tiled(noise(4, 1, 70, 90), 71)
     monkeypatch.setattr(sys, "argv", ["run.py", "--data", "cifar10", "--tile", "16"])
     with pytest.raises(UserError, match="--tile: cifar10"):

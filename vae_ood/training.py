@@ -303,7 +303,7 @@ class Loop:
 def train(args, images, out, device, split=None, validation=None):
     """Train on uint8 images [N, C, H, W] to args.iters, checkpointing to `out`; returns (model, config).
 
-    Of `Tiles` each step draws its own. With `validation` images [M, C, H, W] the model is that of the best step on them.
+    Of `Tiles` each step draws its own. With `validation` images [M, C, H, W] the model is of the best step on them.
     `split` of own images goes into the checkpoints, good after a KeyboardInterrupt, or UserError for a loss not finite.
     """
     whole = images.pictures if isinstance(images, Tiles) else images
