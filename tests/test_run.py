@@ -202,7 +202,7 @@ def test_scores_are_fitted_to_more_training_images_than_are_evaluated(tmp_path, 
     monkeypatch.setattr(evaluation, "FIT_IMAGES", 30)
     seen = []
     monkeypatch.setitem(evaluation.SCORES, "typicality", SimpleNamespace(
-        control=False, fit=lambda train: seen.append(train["mu"]) or SCORES["nll"].fit(train)))
+        control=False, fit=lambda train, unseen: seen.append(train["mu"]) or SCORES["nll"].fit(train)))
     args = SimpleNamespace(max_images=limit, iw_samples=2, scores=["typicality", "joint"], data_root=None,
                            skip_bad=False)
     config = {"data": "sprites", "sprite_factors": 4, "skip_bad": False, "shape": [1, 32, 32], "seed": 0, "kappa": 3,

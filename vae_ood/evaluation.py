@@ -19,7 +19,7 @@ from vae_ood.data.synthetic import CORRUPTIONS, corrupt
 from vae_ood.data.tiles import picture_shape, sampled
 from vae_ood.features import DECODED_OFTEN
 from vae_ood.likelihood import bits_per_dim
-from vae_ood.member import FIT_IMAGES, TRAIN_IMAGES, UNSEEN, finite, measure, unseen_of
+from vae_ood.member import FIT_IMAGES, TRAIN_IMAGES, finite, measure, unseen_of
 from vae_ood.metrics import detection, latent_spectrum, mmd
 from vae_ood.model import flops
 from vae_ood.parallel import crc32
@@ -98,7 +98,7 @@ def trained_on(config, images):
 
 def limited(sets, args):
     """The first images of the parts, as many as scores are fitted to and calibrated with."""
-    most = {"train": args.max_images or FIT_IMAGES, "validation": UNSEEN, "test": args.max_images}
+    most = {"train": args.max_images or FIT_IMAGES, "validation": None, "test": args.max_images}
     sets = {name: images.first(most[name]) for name, images in sets.items()}
     if len(sets["train"].pixels) < 2:
         raise UserError("scores are fitted to two training images at least: give more, or a larger --max-images")

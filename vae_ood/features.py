@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vae_ood.data.images import DEQUANTISATION, REGRET, generator, to_unit
+from vae_ood.data.images import DEQUANTISATION, REGRET, generator, share, to_unit
 from vae_ood.kernels.iw_nll import log_normal
 from vae_ood.kernels.reparameterize import reparameterize
 from vae_ood.likelihood import chunk_size, exact_convolutions
@@ -134,7 +134,7 @@ class Features:
             return self.likelihoods()[name]
         if name not in self.known:
             produce = next(producer for names, producer in PRODUCERS.items() if name in names)
-            self.known |= spread(lambda part: produce(self.model, self.images[part], self.dequantized and (
+            self.known |= spread(lambda part: produce(self.model, share(self.images, part), self.dequantized and (
                 self.dequantized[0], self.dequantized[1] + part.start)), len(self.images))
         return self.known[name]
 
@@ -231,7 +231,8 @@ def _of_pixels(model, images, _):
 
 def _code_bits(model, images, _):
     with ThreadPoolExecutor() as pool:  # both codes let go of Python's lock
-        return {"code_bits": np.array(list(pool.map(code(), images.numpy())), float)}
+        return {"code_bits": np.array([bits for part in images.split(500)
+                                       for bits in pool.map(code(), part.numpy())], float)}
 
 
 @exact_convolutions

@@ -86,7 +86,10 @@ class MapFiles:
                                 ) from None
         make_folder(self.folder)
         record = self.folder / "maps.json"
-        theirs = json.loads(record.read_text()) if record.exists() else {}
+        try:
+            theirs = json.loads(record.read_text())
+        except (OSError, ValueError):  # none, or somebody else's
+            theirs = {}
         if any(self.folder.iterdir()) and theirs.get("score") != self.source:
             raise UserError(f"--maps {self.folder}: the folder is not empty: give a new one")
         found = {"score": self.source} | asdict(self.scale)

@@ -72,8 +72,8 @@ class Maps(torch.nn.Module):
     def fit(cls, model, images):
         """To training images, uint8 [N, C, H, W], of which the first FITTED count."""
         images = images[:FITTED]
-        filters = {f"filters{i}": whitening(log_picture(images, size), p) for i, (size, p) in enumerate(
-            sizes(images.shape[1:]))}
+        filters = {f"filters{i}": whitening(torch.cat([log_picture(part, size) for part in images.split(32)]), p)
+                   for i, (size, p) in enumerate(sizes(images.shape[1:]))}
         device = model.log_gamma.device
         new, total, squares = cls(**filters).to(device), 0, 0
         for part in images.split(100):
@@ -81,11 +81,11 @@ class Maps(torch.nn.Module):
             total, squares = total + fields.sum(0), squares + fields.square().sum(0)
         n = len(images)
         mean = blurred(total / n)
-        variance = blurred(squares / n) - mean.square()  # also that of neighbouring places
+        variance = (blurred(squares / n) - mean.square()).clamp(min=0)  # also that of neighbouring places
         whole = mean.mean((1, 2), keepdim=True)
         spread = (variance + (mean - whole).square()).mean((1, 2), keepdim=True)
         return cls(**filters, mean=(n * mean + PRIOR * whole) / (n + PRIOR),
-                   deviation=((n * variance.clamp(min=0) + PRIOR * spread) / (n + PRIOR)).sqrt() + 1e-3).to(device)
+                   deviation=((n * variance + PRIOR * spread) / (n + PRIOR)).sqrt() + 1e-3).to(device)
 
     @torch.inference_mode()
     @exact_convolutions

@@ -14,11 +14,12 @@ from vae_ood.features import Features
 from vae_ood.likelihood import evaluate
 from vae_ood.maps import CALIBRATED, Maps, threshold
 from vae_ood.parallel import from_first, spread
+from vae_ood.patches import LEAST
 from vae_ood.scores import SCORES
 
 FIT_IMAGES = 30_000  # of the training set: scores are fitted to so many, where --max-images does not say
 TRAIN_IMAGES = 10_000  # of the training set are evaluated, where --max-images does not say
-UNSEEN = 2_000  # of the validation images say how surprising a score is
+UNSEEN = 2_000  # validation images, or tiles, say how surprising a score is
 COMPARED = 2_000  # images that calibrate, and new ones, by how near they lie to the training images
 
 
@@ -45,8 +46,8 @@ def measure(model, config, images, args, label=None, first=0):
 
 def unseen_of(model, config, inliers, args):
     """The `Features` of the validation images, on which the model was not trained; None where there are none."""
-    images = inliers.get("validation")
-    return images and measure(model, config, images.first(UNSEEN), args, "validation")
+    images, most = inliers.get("validation"), max(LEAST, UNSEEN // tiles_of(config))
+    return images and measure(model, config, images.first(min(most, args.max_images or most)), args, "validation")
 
 
 def finite(name, scores):
@@ -82,11 +83,17 @@ class Member:
         member = cls(model, scores, {}, groups, nearest, nearest.distance(test.pixels[:COMPARED]), n)
         member.said, member.view = member.heard(config, test, args)
         member.seen = n + len(test.pixels)
-        state, some = from_first(lambda: Maps.fit(model, fitted.images).cpu().state_dict()), test.pixels[:CALIBRATED]
+        state = from_first(lambda: Maps.fit(model, fitted.images).cpu().state_dict())
         member.maps = Maps(**state).to(model.log_gamma.device)
-        member.peaks = finite("map", spread(lambda part: {
-            "peaks": member.map(some[part]).amax((1, 2)).numpy()}, len(some))["peaks"])
+        member.peaks = finite("map", spread(lambda part: {"peaks": member.peaks_of(test.pixels, part, min(
+            100, at_once(config)))}, min(len(test.pixels), CALIBRATED))["peaks"])
         return member
+
+    def peaks_of(self, pixels, part, step):
+        """The largest values of the maps of the slice `part` of pixels, `step` of which are read at once."""
+        starts = range(part.start, part.stop, step)
+        return np.concatenate([self.map(pixels[start:min(start + step, part.stop)]).amax((1, 2)).numpy()
+                               for start in starts] or [np.zeros(0, np.float32)])
 
     def heard(self, config, images, args):
         """What is said of `Images` that calibrate {name: [n]}, and the view of the first COMPARED; the features of so

@@ -5,10 +5,13 @@ structure has most of; its mean square says how much of what is rare is there. T
 place, are one Gaussian: a cell is surprising given all others, so that the light on a picture does not count.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from vae_ood.data.images import share
 from vae_ood.densities import Gaussian, Tail, under
 from vae_ood.features import of_pictures
 from vae_ood.likelihood import exact_convolutions
@@ -16,6 +19,7 @@ from vae_ood.parallel import from_first, spread
 
 SIDE = 64  # pixels: larger pictures are scaled down to it, as patches cost the fourth power of their side
 PICTURES, PATCHES = 10_000, 150_000  # at most, that are fitted to
+PIXELS = 2**28
 BLACK = 0.02  # is added to pixels in [0, 1] before the log: darker ones are equal
 FLOOR = 1e-4  # of the mean variance of a patch's principal directions: below it none is told apart
 CELL = 4  # pixels of the full scale
@@ -47,8 +51,9 @@ def whitening(y, p, seed=0):
 
 
 def some(images):
-    """At most PICTURES of the images, a tensor or what gives tensors."""
-    return images[torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(images))[:PICTURES]))]
+    """At most PICTURES of the images, a tensor or what gives tensors, and PIXELS bytes of them."""
+    most = min(PICTURES, max(1, PIXELS // math.prod(images.shape[1:])))
+    return images[torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(images))[:most]))]
 
 
 class Scale(torch.nn.Module):
@@ -64,7 +69,7 @@ class Scale(torch.nn.Module):
     @classmethod
     def fit(cls, images, unseen, plan, p):
         """To uint8 images [N, C, H, W], the tail to features of others."""
-        y = torch.cat([log_picture(part, plan[:2]) for part in images.split(500)])
+        y = torch.cat([log_picture(part, plan[:2]) for part in images.split(32)])
         scale = cls(plan, whitening(y, p).cpu())
         scale.gaussian = Gaussian.fit(scale.cells(images))
         distances = scale.distances(unseen["images"], images.device)
@@ -86,8 +91,8 @@ class Scale(torch.nn.Module):
 
     def distances(self, images, device):
         """The Gaussian's squared Mahalanobis distances [N] of images, a tensor or what gives tensors."""
-        return np.concatenate([self.gaussian(self.cells(images[start:start + 500].to(device))).numpy()
-                               for start in range(0, len(images), 500)] or [np.zeros(0)])
+        return np.concatenate([self.gaussian(self.cells(part.to(device))).numpy() for part in images.split(100)]
+                              or [np.zeros(0)])
 
     @property
     def holds(self):
@@ -103,8 +108,8 @@ def plans(height, width):
     every other place will do, and half as large. None of pictures too small to have patches."""
     shrink, found = min(1, SIDE / max(height, width)), []
     full = [max(1, round(side * shrink)) for side in (height, width)]
-    for size, share, stride in ((full, 1 / 4, 2), ([side // 2 for side in full], 2 / 5, 1)):
-        p = max(3, 2 * int(share * min(size) / 2) + 1)
+    for size, ratio, stride in ((full, 1 / 4, 2), ([side // 2 for side in full], 2 / 5, 1)):
+        p = max(3, 2 * int(ratio * min(size) / 2) + 1)
         places = [(side - p) // stride + 1 for side in size]
         if min(places) > 1:
             grid = [max(1, min(side // CELL, here)) for side, here in zip(full, places, strict=True)]
@@ -143,7 +148,7 @@ class Patches(torch.nn.Module):
         """The sum of the scales' surprises, of those that hold if one does: float64 [N]; a picture in tiles is as far
         out as the farthest."""
         chosen, images = [scale for scale in self.scales if scale.holds] or self.scales, features["images"]
-        found = spread(lambda part: {str(i): scale.distances(images[part], features.device)
+        found = spread(lambda part: {str(i): scale.distances(share(images, part), features.device)
                                      for i, scale in enumerate(chosen)}, len(images))
         surprise = torch.zeros(len(images) // features.tiles, dtype=torch.float64)
         for i, scale in enumerate(chosen):

@@ -138,9 +138,9 @@ LATENTS, JOINT = ("mu", "log_sigma"), ("residual_spectrum", "residual_regions", 
                                        "path", "mu", "log_sigma")
 SCORES = {
     "default": Score(
-        """The score to use without thinking: the 4-norm of the surprises -log p of COMPONENTS, fitted on four fifths of
-        the training images, with p from the others. Where the training images show the same place by place, as those
-        of parts do (`Scale.holds`), it is the 4-norm of half of that one's surprise and the patches'.
+        """The score to use without thinking: the 4-norm of the surprises -log p of COMPONENTS, with p from
+        images that these were not fitted to (`Score.fit`). Where the training images show the same place by place, as
+        those of parts do (`Scale.holds`), it is the 4-norm of half of that one's surprise and the patches'.
 
         Fisher's sum of -log p is best where all see an outlier, the largest of them where one does; a norm between the
         two loses little to either, so that neither low-level statistics nor latent ones drown the other. It is not a

@@ -25,7 +25,7 @@ from PIL import Image
 from tests.conftest import ROOT
 from vae_ood import checkpoint
 from vae_ood.data import load
-from vae_ood.scores import COMPONENTS
+from vae_ood.scores import COMPONENTS, PATCHES
 
 TINY = ("run.py", "--alpha", 0.1, "--batch-size", 16, "--no-compile")
 OWN = (*TINY, "--recipe", "fast", "--no-eval", "--data")
@@ -104,7 +104,7 @@ def test_score_own_images(tiny_run, command, tmp_path):
             Image.fromarray(image).save(folder / f"{kind}{i:02d}.png")
     result = command("eval.py", "--ckpt", out / "ckpt.pt", "--score", folder, "--fpr", 0.1, "--iw-samples", 2)
     table = rows(out / "score-mine.1" / "scores.csv")
-    assert list(table[0]) == [*COLUMNS, *(f"p_{name}" for name in COMPONENTS)] and len(table) == 80
+    assert list(table[0]) == [*COLUMNS, *(f"p_{name}" for name in (*COMPONENTS, PATCHES))] and len(table) == 80
     assert min(float(row[f"p_{name}"]) for row in table for name in COMPONENTS) >= 1 / 301 - 1e-9
     for row in table:
         assert row["outlier"] == str(int(float(row["p_value"]) <= 0.1))

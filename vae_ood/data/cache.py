@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from vae_ood import UserError
 from vae_ood.cli import LOCAL_RANK, LOCAL_WORLD, Progress, duration
 from vae_ood.data.decoding import version
 from vae_ood.data.images import Images, Rows
-from vae_ood.data.own import AUTO, WHOLE, open_own, rule_of
+from vae_ood.data.own import AUTO, WHOLE, Pictures, open_own, rule_of
 from vae_ood.parallel import any_worker, crc32, from_first
 
 FORMAT = 1
@@ -90,6 +90,8 @@ class Source:
 
     def block(self, start, stop, size):
         """The pictures from `start` to `stop`, as plain values."""
+        if not start and isinstance(self.own, Pictures):
+            self.own.forget()
         images = self.own.read(slice(start, stop), (None, *size), self.crop)
         return {"pixels": images.pixels, "files": json.dumps(images.files)}
 
@@ -166,8 +168,9 @@ class File:
             with self.refusing():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 for old in self.path.parent.glob("*.npy.*.part"):
-                    if time.time() - old.stat().st_mtime > ABANDONED:
-                        old.unlink()
+                    with suppress(FileNotFoundError):  # another machine is faster
+                        if time.time() - old.stat().st_mtime > ABANDONED:
+                            old.unlink()
                 self.file = open(self.part, "wb")
         return self
 

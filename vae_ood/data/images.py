@@ -34,10 +34,10 @@ class Images:
     def take(self, rows):
         """Some of the images, by a slice or an array of indices."""
         files = self.files and (self.files[rows] if isinstance(rows, slice) else [self.files[i] for i in rows])
-        if isinstance(rows, slice):
-            pixels = self.pixels[rows]
+        if isinstance(self.pixels, Rows):
+            pixels = self.pixels.take(np.arange(len(self.pixels))[rows])
         else:
-            pixels = self.pixels.take(rows) if isinstance(self.pixels, Rows) else self.pixels[torch.from_numpy(rows)]
+            pixels = self.pixels[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
         groups, sizes = (None if values is None else values[rows] for values in (self.groups, self.sizes))
         return replace(self, pixels=pixels, files=files, groups=groups, sizes=sizes, given=None)
 
@@ -61,9 +61,18 @@ class Rows:
         """Themselves: they stay where they are, and travel when they are read."""
         return self
 
+    def split(self, size):
+        """Tensors of `size` images each."""
+        return (self[start:start + size] for start in range(0, len(self), size))
+
     def take(self, rows):
         """Some of them, by an array of indices, not read yet."""
         return Rows(self.whole, self.index[torch.from_numpy(rows)])
+
+
+def share(pixels, part):
+    """The slice `part` of pixels; themselves, not read yet, where that is all of them."""
+    return pixels if part == slice(0, len(pixels)) else pixels[part]
 
 
 def generator(seed, stream, index=0):
@@ -100,6 +109,7 @@ def at_most(pixels, side):
     """Pictures [N, C, H, W] scaled down to `side` pixels on the longer side, if they are larger."""
     h, w = pixels.shape[2:]
     return convert(pixels, (None, *inside(h, w, side, side)), "stretch") if max(h, w) > side else pixels
+
 
 def kept(h, w, height, width, crop=None):
     """(top, left, rows, columns) of a picture [h, w] that `convert` keeps for an image [height, width]: all of it, or

@@ -77,11 +77,15 @@ class Pictures:
     def __init__(self, path, skip_bad=False, levels=None):
         self.name, self.skip_bad, self.levels = str(path), skip_bad, levels
         self.root = path if path.is_dir() else path.parent
-        self.files, self.left_out = _walk(path) if path.is_dir() else ([path.name], {})
+        self.files, self.others = _walk(path) if path.is_dir() else ([path.name], {})
         if not self.files:
             raise UserError(f"the folder {path} holds no pictures that Pillow decodes"
-                            + (f", only {_listed(self.left_out)}" if self.left_out else ""))
-        self.sizes, self.many, self.transparent, self.highest = set(), [], 0, None
+                            + (f", only {_listed(self.others)}" if self.others else ""))
+        self.forget()
+
+    def forget(self):
+        """Begin anew to note what is read."""
+        self.left_out, self.sizes, self.many, self.transparent, self.highest = dict(self.others), set(), [], 0, None
 
     def __len__(self):
         return len(self.files)
@@ -186,7 +190,7 @@ def sized(images, size=AUTO, crop=None):
     else:
         sizes = Counter(one[1:] for one in map(header, images) if one)
         size, crop, _ = rule_of(sizes, size, crop)
-        shape = size or next(iter(sizes))
+        shape = size or next(iter(sizes), (1, 1))
     return to_pixels(images, shape and (None, *shape), crop=crop), size, crop
 
 
