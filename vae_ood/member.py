@@ -85,8 +85,9 @@ class Member:
         member.seen = n + len(test.pixels)
         state = from_first(lambda: Maps.fit(model, fitted.images).cpu().state_dict())
         member.maps = Maps(**state).to(model.log_gamma.device)
-        member.peaks = finite("map", spread(lambda part: {"peaks": member.peaks_of(test.pixels, part, min(
-            100, at_once(config)))}, min(len(test.pixels), CALIBRATED))["peaks"])
+        step = at_once(config) if config.get("tile") else 100
+        member.peaks = finite("map", spread(lambda part: {"peaks": member.peaks_of(test.pixels, part, step)}, min(
+            len(test.pixels), CALIBRATED))["peaks"])
         return member
 
     def peaks_of(self, pixels, part, step):
