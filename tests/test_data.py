@@ -702,7 +702,7 @@ def test_pictures_are_decoded_once_and_runs_share_the_file(mixed, tmp_path, monk
     explicit, *_ = read_own(mixed, tmp_path / "cache", False, *rule, skip_bad=True)
     assert rule == same == [[64, 64], "centre"]
     for images in (first, again, explicit):
-        assert isinstance(images.pixels, Rows) and torch.equal(images.pixels[:], expected)
+        assert isinstance(images.pixels, Rows) and torch.equal(images.pixels[:], expected.pixels)
         assert images.files == expected.files and images.notes == expected.notes == ["1 files left out: 1 undecodable"]
     some = again.take(np.array([4, 0, 2]))
     assert isinstance(some.pixels, Rows) and torch.equal(some.pixels[:], expected.pixels[[4, 0, 2]])
