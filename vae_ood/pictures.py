@@ -23,7 +23,7 @@ from vae_ood.data.images import placed_back
 from vae_ood.detector import Detector
 from vae_ood.metrics import detection
 from vae_ood.plots import markdown
-from vae_ood.reproduce.runs import execute
+from vae_ood.promise import python
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 SEEDS, RATE, FALSE = 3, 0.05, 0.3  # FALSE: the share of ordinary pixels up to which the per-region overlap counts
@@ -182,10 +182,10 @@ def main():
         if path.exists():
             continue
         sets, begun = found(args.data_root or "."), time.monotonic()
-        run = Path(args.runs, f"magnetic_tile_s{seed}")
-        execute(["run.py", "--data", str(Path(args.data_root or ".", "magnetic_tile/good/train")), *FLAGS, "--seed",
-                 str(seed), "--out", str(run), "--resume"], None)
-        execute(["eval.py", "--ckpt", str(run), "--fit"], None)
+        run = Path(args.runs, f"magnetic_tile_s{seed}").resolve()
+        python("run.py", "--data", Path(args.data_root or ".", "magnetic_tile/good/train").resolve(), *FLAGS, "--seed",
+               seed, "--out", run, "--resume")
+        python("eval.py", "--ckpt", run, "--fit")
         numbers = measure(Detector.load(run / "detector.pt"), sets)
         numbers |= {name: len(one.paths) for name, one in sets.items()} | {"minutes": (time.monotonic() - begun) / 60}
         checkpoint.write_atomic(path, (json.dumps(numbers, indent=1) + "\n").encode())
