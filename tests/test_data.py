@@ -709,6 +709,8 @@ def test_pictures_are_decoded_once_and_runs_share_the_file(mixed, tmp_path, monk
     assert torch.equal(some.pixels[torch.tensor([2, 1])], expected.pixels[[2, 0]])
     assert digests(some.pixels) == digests(expected.pixels[[4, 0, 2]])
     assert crc32(some.pixels) == crc32(some.first(3).pixels) and isinstance(some.first(2).pixels, Rows)
+    for kind in CORRUPTIONS:  # what run.py evaluates own pictures on
+        assert torch.equal(corrupt(again, kind).pixels, corrupt(expected, kind).pixels)
 
 
 def test_a_file_that_does_not_fit_is_written_anew(mixed, tmp_path):

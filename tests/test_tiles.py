@@ -192,7 +192,7 @@ def test_the_commands_train_on_tiles_and_score_pictures(command, tmp_path):
         for i, one in enumerate(pixels):
             Image.fromarray(one[:96]).save(tmp_path / name / f"{i:02d}.png")
     flags = ("--data", tmp_path / "photos", "--recipe", "fast", "--alpha", 0.1, "--kappa", 4, "--group-by", "none",
-             "--no-compile", "--iters", 20, "--out", tmp_path / "run")
+             "--no-compile", "--iters", 20, "--out", tmp_path / "run", "--cache", tmp_path / "cache")
     said = command("run.py", *flags, "--tile", 32).stdout
     assert "tiles" in said and "default" in said and "\nnll " not in said  # which decodes each tile often
     refused = command("run.py", *flags, "--tile", 16, "--resume", check=False)

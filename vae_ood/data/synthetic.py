@@ -17,7 +17,7 @@ def corrupt(images, kind):
     (half the contrast around its mean) or patched (a square of half its sides, cut out of the next image at the same
     random place)."""
     n, _, h, w = images.pixels.shape
-    rng, x = generator(0, CORRUPTION, CORRUPTIONS.index(kind)), images.pixels.float()
+    rng, x = generator(0, CORRUPTION, CORRUPTIONS.index(kind)), images.pixels[:].float()
     if kind == "blurred":
         for axis, size in ((2, h), (3, w)):  # a matrix along each axis, the outermost pixels repeated
             matrix, weights = torch.zeros(size, size), torch.exp(-0.5 * torch.arange(-3, 4) ** 2)
