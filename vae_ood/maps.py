@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from vae_ood.features import QUANTISATION, residuals
 from vae_ood.likelihood import exact_convolutions
 from vae_ood.metrics import conformal_p_values
-from vae_ood.patches import log_picture, whitening
+from vae_ood.patches import energy, log_picture, whitening
 
 FITTED = 1_000  # training images that maps are fitted to, the first ones
 CALIBRATED = 2_000  # images, the first of those that calibrate, whose maps say how high ordinary ones go
@@ -36,8 +36,7 @@ def covered(x, p):
 def log_energy(y, filters):
     """The log of the mean square of the whitened patch about each place of log pictures y [N, 1, h, w], `covered`
     [N, 1, h, w]."""
-    energy = torch.cat([F.conv2d(part, filters).square().mean(1, keepdim=True) for part in y.split(16)])
-    return covered((energy + LEAST).log(), filters.shape[2])
+    return covered((energy(y, filters) + LEAST).log(), filters.shape[2])
 
 
 def blurred(x):
@@ -72,7 +71,7 @@ class Maps(torch.nn.Module):
     def fit(cls, model, images):
         """To training images, uint8 [N, C, H, W], of which the first FITTED count."""
         images = images[:FITTED]
-        filters = {f"filters{i}": whitening(torch.cat([log_picture(part, size) for part in images.split(32)]), p)
+        filters = {f"filters{i}": whitening(log_picture(images, size), p)
                    for i, (size, p) in enumerate(sizes(images.shape[1:]))}
         device = model.log_gamma.device
         new, total, squares = cls(**filters).to(device), 0, 0
@@ -96,8 +95,8 @@ class Maps(torch.nn.Module):
         near = F.avg_pool2d(residual, WINDOW, 1, WINDOW // 2, count_include_pad=False)
         found, images = [(near + QUANTISATION).log()], images.to(near.device)
         for i, (size, _) in enumerate(sizes(images.shape[1:])):
-            energy = log_energy(log_picture(images, size), getattr(self, f"filters{i}"))
-            found.append(energy if size == shape else F.interpolate(energy, shape, mode="bilinear"))
+            field = log_energy(log_picture(images, size), getattr(self, f"filters{i}"))
+            found.append(field if size == shape else F.interpolate(field, shape, mode="bilinear"))
         return torch.cat(found, 1)
 
     @torch.inference_mode()

@@ -19,7 +19,8 @@ from vae_ood.parallel import from_first, spread
 
 SIDE = 64  # pixels: larger pictures are scaled down to it, as patches cost the fourth power of their side
 PICTURES, PATCHES = 10_000, 150_000  # at most, that are fitted to
-PIXELS = 2**28
+PIXELS = 2**28  # bytes of them, at most
+AT_ONCE = 32  # pictures that are filtered at once
 BLACK = 0.02  # is added to pixels in [0, 1] before the log: darker ones are equal
 FLOOR = 1e-4  # of the mean variance of a patch's principal directions: below it none is told apart
 CELL = 4  # pixels of the full scale
@@ -28,10 +29,13 @@ LEAST = 20  # pictures by which it is judged whether a scale holds
 
 def log_picture(images, size):
     """uint8 [N, C, H, W] -> the log of their gray levels at the size (h, w) [N, 1, h, w]."""
-    x = images.float().mean(1, keepdim=True) / 255
-    if tuple(x.shape[2:]) != tuple(size):
-        x = F.interpolate(x, tuple(size), mode="bilinear", antialias=True, align_corners=False)
-    return x.add(BLACK).log()
+    out = []
+    for part in images.split(AT_ONCE):  # bounded float copies
+        x = part.float().mean(1, keepdim=True) / 255
+        if tuple(x.shape[2:]) != tuple(size):
+            x = F.interpolate(x, tuple(size), mode="bilinear", antialias=True, align_corners=False)
+        out.append(x.add(BLACK).log())
+    return torch.cat(out)
 
 
 def whitening(y, p, seed=0):
@@ -48,6 +52,12 @@ def whitening(y, p, seed=0):
     variance, direction = variance[1:].clamp(min=0), direction[:, 1:]  # the first is the mean, which has none
     filters = (direction / (variance + FLOOR * variance.mean() + 1e-12).sqrt()).T
     return (filters - filters.mean(1, keepdim=True)).reshape(-1, 1, p, p).float()
+
+
+def energy(y, filters, stride=1):
+    """The mean square over the filters about every `stride`-th place of y [N, 1, h, w]: [N, 1, places down, across]."""
+    return torch.cat([F.conv2d(part, filters, stride=stride).square().mean(1, keepdim=True)
+                      for part in y.split(AT_ONCE)])
 
 
 def some(images):
@@ -69,8 +79,7 @@ class Scale(torch.nn.Module):
     @classmethod
     def fit(cls, images, unseen, plan, p):
         """To uint8 images [N, C, H, W], the tail to features of others."""
-        y = torch.cat([log_picture(part, plan[:2]) for part in images.split(32)])
-        scale = cls(plan, whitening(y, p).cpu())
+        scale = cls(plan, whitening(log_picture(images, plan[:2]), p).cpu())
         scale.gaussian = Gaussian.fit(scale.cells(images))
         distances = scale.distances(unseen["images"], images.device)
         scale.tail = Tail.fit(torch.from_numpy(of_pictures(distances, unseen)))
@@ -80,9 +89,7 @@ class Scale(torch.nn.Module):
     def energy(self, images):
         """The mean square of the whitened patch about every `stride`-th place [N, 1, places down, across]."""
         *size, stride, _, _ = self.plan.tolist()
-        filters = self.filters.to(images.device)
-        return torch.cat([F.conv2d(log_picture(part, size), filters, stride=stride).square()
-                          .mean(1, keepdim=True) for part in images.split(32)])
+        return energy(log_picture(images, size), self.filters.to(images.device), stride)
 
     def cells(self, images):
         """The log mean squares by cell, float64 [N, cells], on the CPU."""

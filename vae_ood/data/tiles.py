@@ -9,7 +9,7 @@ import torch
 from vae_ood import UserError
 from vae_ood.data.images import TILING, Rows, batch_indices, generator
 
-BLOCK_BYTES = 2**27
+BLOCK_BYTES = 2**27  # of pixels that are scored at once
 SAMPLED = 10_000  # tiles that stand for all, where gamma or the validation is measured
 
 
