@@ -136,7 +136,7 @@ def test_files_that_are_no_detector_are_refused_by_name(saved, tmp_path):
     for change in (lambda s: s.pop("members"), lambda s: s["config"].update(kappa=5), lambda s: s.update(members=[]),
                    lambda s: s["members"][0]["said"]["nll"].fill_(float("nan")),
                    lambda s: s["members"][0]["model"]["log_gamma"].fill_(float("inf")),
-                   lambda s: s["members"][0]["scores"]["latents"].pop("density.mean"),
+                   lambda s: s["members"][0]["scores"]["layout"].pop("density.mean"),
                    lambda s: s["members"][0]["scores"].update(unknown={}),
                    lambda s: s["members"][0]["maps"].pop("mean"),
                    lambda s: s["members"][0]["peaks"].fill_(float("nan")),

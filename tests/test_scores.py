@@ -8,12 +8,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributions import MultivariateNormal
 
 from tests.test_likelihood import LinearVAE
 from vae_ood import features, scores
 from vae_ood.data.images import to_unit
-from vae_ood.densities import Gaussian, Mixture, Tail
+from vae_ood.densities import Gaussian, Halves, Mixture, Projected, Tail
 from vae_ood.features import Features, Part
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES
@@ -168,6 +169,85 @@ def test_codes_are_short_for_simple_images():
     assert features.code() is features.webp_bits
 
 
+def test_layout_does_not_see_contrast_but_place():
+    x = torch.from_numpy(np.random.default_rng(0).random((20, 3, 32, 32), np.float32))
+    energies = features.layout_log_energies(x)
+    assert energies.shape == (20, features.LAYOUT) and energies.mean(1).abs().max() < 1e-5
+    torch.testing.assert_close(features.layout_log_energies(x / 2), energies, atol=1e-3, rtol=1e-3)
+    response = F.conv2d(x.double(), features.random_filters(3).double(), stride=2, padding=2)
+    expected = response[:, 7, 4:8, 8:12].square().mean((1, 2)).log()  # of the second row's third cell, one filter
+    places = features.layout_log_energies(x).unflatten(1, (features.FILTERS, 4, 4))[:, 7, 1, 2].double()
+    torch.testing.assert_close(places - places.mean(), expected - expected.mean() - (
+        response.square().unflatten(2, (4, 4)).unflatten(4, (4, 4)).mean((3, 5)).log().flatten(1).mean(1)
+        - response.square().unflatten(2, (4, 4)).unflatten(4, (4, 4)).mean((3, 5)).log().flatten(1).mean()), atol=1e-3,
+        rtol=1e-3)
+    assert features.layout_log_energies(torch.rand(2, 1, 200, 90)).shape == (2, features.LAYOUT)
+
+
+def test_edges_are_lines_that_stand_out():
+    flat = torch.zeros(4, 3, 16, 12)
+    flat[1, :, :, 5:] = 0.5  # an edge down the whole picture: half and a quarter of it
+    flat[2, :, 4:8, :] = 0.5  # two across
+    flat[3] = torch.linspace(0, 1, 12)  # a ramp: no line differs from those beside it
+    step = 0.5 * math.sqrt(3) / 3  # in opponent colours, gray alone, a mean over three
+    found, stands_out = features.edge_log_ratios(features.opponent(flat)), math.log((step + 0.01) / 0.01)
+    expected = torch.zeros(4, 4)
+    expected[1, :2], expected[2, 2:] = stands_out, stands_out
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    textured = 2 * F.avg_pool2d(torch.rand(200, 3, 38, 38), 7, 1)
+    pasted = textured.clone()
+    pasted[:, :, 8:24, 8:24] = textured[:, :, 8:24, 8:24] + 0.3
+    plain, odd = (features.edge_log_ratios(features.opponent(x)).amax(1) for x in (textured, pasted))
+    assert odd.min() > plain.max()
+    assert features.edge_log_ratios(torch.rand(2, 1, 9, 1)).isfinite().all()
+
+
+def test_cells_are_equal_where_noise_is():
+    noise = 0.1 * torch.from_numpy(np.random.default_rng(0).standard_normal((4000, 1, 32, 48))).float()
+    cells = features.cell_log_energies(noise).exp().mean(0)
+    inner = torch.cat([cells[:64].unflatten(0, (8, 8))[1:-1, 1:-1].flatten(),
+                       cells[64:].unflatten(0, (16, 16))[1:-1, 1:-1].flatten()])  # at the margins pixels are repeated
+    assert ((inner - features.QUANTISATION) / 0.01 - 1).abs().max() < 0.1
+
+
+def test_texture_is_the_sum_of_two_gaussians_distances():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((80, 10)), rng.standard_normal((9, 10))
+    np.testing.assert_allclose(fitted(Halves, x)(y), fitted(Gaussian, x[:, :5])(y[:, :5])
+                               + fitted(Gaussian, x[:, 5:])(y[:, 5:]))
+
+
+def test_projected_is_a_mixture_of_principal_components():
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((n, 5)) @ rng.standard_normal((5, features.LAYOUT + 2)) for n in (160, 7))
+    x, y = x + 0.3 * rng.standard_normal(x.shape), y + 0.3 * rng.standard_normal(y.shape)
+    many, mean, deviation = x[:, :features.LAYOUT], x[:, :features.LAYOUT].mean(0), x[:, :features.LAYOUT].std(0) + 1e-6
+    _, singular, directions = np.linalg.svd((many - mean) / deviation, full_matrices=False)
+    rows = [np.concatenate([(z[:, :features.LAYOUT] - mean) / deviation @ (
+        math.sqrt(160) * directions[:20] / singular[:20, None]).T, z[:, features.LAYOUT:]], 1) for z in (x, y)]
+    np.testing.assert_allclose(fitted(Projected, x)(y), fitted(Mixture, rows[0])(rows[1]), rtol=1e-4)
+
+
+def test_principal_components_match_scikit_learn():
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    rng = np.random.default_rng(0)
+    factors = torch.from_numpy(rng.standard_normal((440, 130)) * 0.97 ** np.arange(130))
+    x = (factors @ torch.from_numpy(rng.standard_normal((130, 192)))).float().mul(12).add(128).clamp(0, 255).byte()
+    train, some = (Made(images=part.unflatten(1, (3, 8, 8))) for part in (x[:400], x[400:]))
+    x = x.double().numpy() / 255
+    for name, k in (("pca", 32), ("pca_residual", 100), ("knn", 64)):
+        pca = decomposition.PCA(k).fit(x[:400])
+        known, z = pca.transform(x[:400]), pca.transform(x[400:])
+        residual = x[400:] - pca.inverse_transform(z)
+        expected = {"pca": (z**2 / known.var(0)).sum(1), "pca_residual": (residual**2).sum(1),
+                    "knn": np.sort(np.linalg.norm(z[:, None] - known, axis=2), 1)[:, 4]}[name]
+        score = SCORES[name].fit(train)
+        np.testing.assert_allclose(score(some), expected, rtol=0.01, err_msg=name)
+        np.testing.assert_array_equal(SCORES[name].restore(score.state_dict())(some), score(some))
+        torch.manual_seed(7)  # the projection's randomness is its own
+        np.testing.assert_array_equal(SCORES[name].fit(train)(some), score(some))
+
+
 def test_likelihood_path_is_ecod():
     rng = np.random.default_rng(0)
     train, x = {"path": rng.gamma(2, size=(60, 3)) * [1, 1, -1]}, {"path": rng.gamma(3, size=(20, 3)) * [1, 1, -1]}
@@ -239,7 +319,8 @@ def test_every_score_takes_any_images():
 
 def test_features_do_not_depend_on_the_batches(monkeypatch):
     model, images = VAE((1, 8, 8), 0.1, 3, 0.1).eval(), random_images(30, (1, 8, 8))
-    names = ("mu", "path", "residual_spectrum", "residual_fine", "image_spectrum", "image_regions", "regret")
+    names = ("mu", "path", "residual_spectrum", "residual_fine", "image_spectrum", "image_regions", "layout", "edges",
+             "cells", "regret")
     whole = Features(model, images, None)
     expected = [whole[name] for name in names]
     monkeypatch.setattr(features, "chunk_size", lambda model: 7)
@@ -249,37 +330,50 @@ def test_features_do_not_depend_on_the_batches(monkeypatch):
 
 
 def made_up_features(rng, n, **shifts):
-    sizes = {"residual_spectrum": 9, "residual_regions": 7, "residual_fine": 7, "image_spectrum": 9,
-             "image_regions": 7, "path": 3, "mu": 5, "log_sigma": 5}
+    sizes = {"residual_spectrum": 9, "residual_regions": 7, "residual_fine": 7, "image_spectrum": 9, "image_regions": 7,
+             "path": 3, "mu": 5, "log_sigma": 5, "layout": features.LAYOUT, "edges": 4, "contrast": 1}
     return Made({name: rng.standard_normal((n, size)) + shifts.get(name, 0) for name, size in sizes.items()},
                 groups=np.arange(n), images=torch.zeros(n, 1, 2, 2, dtype=torch.uint8))  # too small for patches
 
 
 def test_default_hears_what_one_component_says():
-    """An outlier in the residual's spectrum, its regions or the latents alone scores above nearly every inlier."""
+    """An outlier in what one component reads scores above nearly every inlier."""
     rng = np.random.default_rng(0)
-    score = SCORES["default"].fit(made_up_features(rng, 4000))
+    score = SCORES["default"].fit(made_up_features(rng, 3000))
     inliers = score(made_up_features(rng, 2000))
-    for name in ("residual_spectrum", "residual_fine", "mu"):
-        assert (score(made_up_features(rng, 200, **{name: 3.0})) > np.quantile(inliers, 0.99)).mean() > 0.95
+    for name in ("residual_spectrum", "residual_fine", "mu", "edges"):
+        assert (score(made_up_features(rng, 200, **{name: 4.0})) > np.quantile(inliers, 0.99)).mean() > 0.95, name
 
 
-def test_default_is_the_norm_of_what_its_components_say_of_images_that_they_were_not_fitted_to():
+def test_default_is_the_smallest_weighted_p_of_images_that_its_components_were_not_fitted_to():
     rng = np.random.default_rng(0)
-    train, some, total = made_up_features(rng, 60), made_up_features(rng, 40, mu=1.0), 0
+    train, some = made_up_features(rng, 60), made_up_features(rng, 40, mu=1.0)
     others, fifth = (Made({name: value[np.isin(np.arange(60) % 5, part)] for name, value in train.items()})
                      for part in ((0, 2, 3, 4), (1,)))
-    for name in ("residual_spectrum", "residual_regions", "likelihood_path", "latents", "joint"):
-        score = SCORES[name].fit(others)
-        total = total + fitted(Tail, score(fifth))(score(some)) ** 4
-    np.testing.assert_allclose(SCORES["default"].fit(train)(some), total**0.25)
-    unseen, total = made_up_features(rng, 50, mu=0.5), 0  # where there are others, all training images are fitted to
-    for name in ("residual_spectrum", "residual_regions", "likelihood_path", "latents", "joint"):
-        score = SCORES[name].fit(train)
-        total = total + fitted(Tail, score(unseen))(score(some)) ** 4
-    np.testing.assert_allclose(SCORES["default"].fit(train, unseen)(some), total**0.25)
-    too_few = made_up_features(rng, 19)
-    np.testing.assert_array_equal(SCORES["default"].fit(train, too_few)(some), SCORES["default"].fit(train)(some))
+    unseen, too_few = made_up_features(rng, 50, mu=0.5), made_up_features(rng, 19)
+    for given, fitted_to, judged_by in ((None, others, fifth), (unseen, train, unseen), (too_few, others, fifth)):
+        weighted = []
+        for name, share in scores.COMPONENTS.items():
+            score = SCORES[name].fit(fitted_to)
+            weighted.append(np.exp(-fitted(Tail, score(judged_by))(score(some))) / share)
+        combined = SCORES["default"].fit(train, given)
+        np.testing.assert_allclose(combined(some), -np.log(np.min(weighted, 0)))
+        again = SCORES["default"].restore(combined.state_dict())
+        np.testing.assert_array_equal(again(some), combined(some))
+
+
+def test_patches_have_most_of_the_share_where_they_hold():
+    rng, images = np.random.default_rng(0), torch.zeros(60, 1, 16, 16, dtype=torch.uint8)
+    images += torch.from_numpy(rng.integers(100, 140, (60, 1, 16, 16), np.uint8))  # alike everywhere
+    train, some = made_up_features(rng, 60) | {"images": images[:40]}, made_up_features(rng, 20)
+    train, some = Made(train | {name: value[:40] for name, value in train.items() if name != "images"}), Made(
+        some | {"images": images[40:]})
+    combined = SCORES["default"].fit(train, some)
+    assert combined.patches.holds
+    said = combined.said("default", some)
+    others = [combined.tails[name](torch.from_numpy(said[f"default.{name}"])).numpy() + math.log(share)
+              for name, share in scores.COMPONENTS.items()]
+    np.testing.assert_allclose(said["default"], np.max([*others, said["default.image_patches"] + math.log(5)], 0))
 
 
 def test_default_is_fitted_and_judged_on_other_things():

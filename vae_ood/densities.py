@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from vae_ood.features import LAYOUT
+
 
 class Density(torch.nn.Module):
     """Buffers by name."""
@@ -60,6 +62,16 @@ class Gaussian(Density):
         return self.whitened(x).square().sum(1)
 
 
+class Halves(Gaussian):
+    """The sum of the squared Mahalanobis distances of a row's two halves, each by a Gaussian of its own."""
+
+    @classmethod
+    def fit(cls, x):
+        halves = [Gaussian.fit(half).state_dict() for half in x.chunk(2, 1)]
+        mean, scale = (torch.cat([half[name] for half in halves]) for name in ("mean", "scale"))
+        return cls(mean=mean, scale=scale, factor=torch.block_diag(*(half["factor"] for half in halves)))
+
+
 def log_joint(z, log_weights, means, factors):
     """The log of each component's weight times its density, of rows [M, D], up to a constant [M, K]."""
     return torch.stack([
@@ -105,6 +117,28 @@ class Mixture(Gaussian):
 
     def forward(self, x):
         return -log_joint(self.whitened(x), self.log_weights, self.means, self.factors).logsumexp(1)
+
+
+class Projected(Mixture):
+    """A mixture over the first LAYOUT columns' leading principal components, of which there is at most one for eight
+    rows, and the other columns. Buffers: centre, spread [LAYOUT], directions [LAYOUT, K], and the mixture's."""
+
+    MOST = 96
+
+    @classmethod
+    def fit(cls, x):
+        many, rest = x[:, :LAYOUT], x[:, LAYOUT:]
+        centre, spread = many.mean(0), many.std(0, correction=0) + 1e-6
+        z = (many - centre) / spread
+        variance, directions = torch.linalg.eigh(z.T @ z / len(z))
+        k = min(cls.MOST, max(1, len(x) // 8))
+        directions = directions[:, -k:] / (variance[-k:].clamp(min=0).sqrt() + 1e-6)
+        mixture = super().fit(torch.cat([z @ directions, rest], 1))
+        return cls(centre=centre, spread=spread, directions=directions, **mixture.state_dict())
+
+    def forward(self, x):
+        projected = (x[:, :LAYOUT] - self.centre) / self.spread @ self.directions
+        return super().forward(torch.cat([projected, x[:, LAYOUT:]], 1))
 
 
 class ECOD(Density):

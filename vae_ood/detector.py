@@ -30,11 +30,10 @@ from vae_ood.parallel import from_first
 from vae_ood.scores import SCORES
 from vae_ood.training import train
 
-FORMAT = 3  # 1 had no `view`, 2 neither maps nor patches
+FORMAT = 4  # 1 had no `view`, 2 neither maps nor patches, 3 other views
 LEAST_THINGS = 5  # of which is said whether as a set they are like the training data
-WORDS = {"residual_spectrum": "fine texture", "residual_regions": "texture of a region",
-         "likelihood_path": "how well it is reconstructed", "latents": "layout, as the latents see it",
-         "joint": "an unusual combination",
+WORDS = {"layout": "what lies where", "texture": "fine texture", "light": "contrast and brightness",
+         "noise": "noise of a region", "edges": "straight edges", "joint": "an unusual combination",
          "image_patches": "fine structure at a place"}  # what a component of `default` speaks of
 
 

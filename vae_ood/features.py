@@ -3,6 +3,7 @@
 The first part are pure functions of tensors; `Features` computes them and the model's statistics by name.
 """
 
+import functools
 import io
 import math
 import zlib
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vae_ood.data.images import DEQUANTISATION, REGRET, generator, share, to_unit
+from vae_ood.data.images import DEQUANTISATION, FILTERING, REGRET, generator, share, to_unit
 from vae_ood.kernels.iw_nll import log_normal
 from vae_ood.kernels.reparameterize import reparameterize
 from vae_ood.likelihood import chunk_size, exact_convolutions
@@ -21,6 +22,9 @@ from vae_ood.parallel import spread
 QUANTISATION = 1 / 255**2 / 12  # the variance of rounding to 8 bits: no energy is told apart below it
 REGRET_STEPS, REGRET_LR, REGRET_SAMPLES = 50, 0.03, 8  # 76.8 nats gained by CIFAR-10's test images at alpha = 1/4;
 # twice the steps gain 77.9 at best, half of them 73.1
+SIDE = 32  # pixels: where things lie is read of a picture scaled down to it
+FILTERS, CELLS = 64, 4  # random filters, whose energies are read in CELLS x CELLS cells
+LAYOUT = FILTERS * CELLS**2
 
 
 def dct_matrix(n):
@@ -71,6 +75,53 @@ def high_pass(x):
     """x [N, C, H, W] less what is smooth, by the difference of two Laplacians with which Immerkaer measures noise
     (doi 10.1006/cviu.1996.0060), scaled to leave white noise its variance; the outermost pixels are repeated."""
     return F.pad(x, (1, 1, 1, 1), mode="replicate").diff(2, dim=2).diff(2, dim=3) / 6
+
+
+def cell_log_energies(x):
+    """x [N, C, H, W] -> the log mean squares of the gray image, high-passed, in 8 x 8 and in 16 x 16 cells [N, 320]."""
+    energy = high_pass(x.mean(1, keepdim=True)).square()
+    return torch.cat([(F.adaptive_avg_pool2d(energy, k) + QUANTISATION).log().flatten(1) for k in (8, 16)], 1)
+
+
+def scaled_down(x):
+    """x [N, C, H, W], the larger side at most SIDE."""
+    shrink = SIDE / max(x.shape[2:])
+    if shrink >= 1:
+        return x
+    size = [max(1, round(side * shrink)) for side in x.shape[2:]]
+    return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+@functools.cache
+def random_filters(channels):
+    """FILTERS filters [FILTERS, C, 5, 5] of normal weights, always the same."""
+    weights = generator(0, FILTERING).standard_normal((FILTERS, channels, 5, 5), np.float32)
+    return torch.from_numpy(weights / math.sqrt(25 * channels))
+
+
+def layout_log_energies(x):
+    """x [N, C, H, W] in [0, 1] -> the log mean squares of FILTERS random filters in CELLS x CELLS cells of each, less
+    their mean [N, LAYOUT]: what lies where, however strong the contrast. A random filter's energy is a random quadratic
+    form of a cell's colours and edges, of which so many leave little out."""
+    response = F.conv2d(scaled_down(x), random_filters(x.shape[1]).to(x.device), stride=2, padding=2)
+    energy = (F.adaptive_avg_pool2d(response.square(), CELLS) + 1e-6).log().flatten(1)
+    return energy - energy.mean(1, keepdim=True)
+
+
+def edge_log_ratios(x):
+    """x [N, C, H, W], in `opponent` colours -> how far the straightest edge stands out [N, 4]: the log of the largest
+    ratio of a line's mean step to that of the lines beside it, of lines down and across, half and a quarter as long as
+    the picture. A ratio does not see contrast; a blurred edge is one of many like it."""
+    found = []
+    for turned in (x, x.transpose(2, 3)):
+        steps = turned.diff(dim=3).abs().mean(1) if turned.shape[3] > 1 else torch.zeros_like(turned[:, 0])
+        for part in (2, 4):
+            length = max(1, steps.shape[1] // part)
+            sums = F.pad(steps.cumsum(1), (0, 0, 1, 0))
+            line = (sums[:, length:] - sums[:, :-length]) / length + 0.01  # the steps of rounding do not count
+            beside = F.pad(line, (1, 1), mode="replicate")
+            found.append((line / torch.maximum(beside[..., :-2], beside[..., 2:])).flatten(1).amax(1))
+    return torch.stack(found, 1).log()
 
 
 def zlib_bits(image):
@@ -216,17 +267,28 @@ def _encoded(model, images, dequantized):
     return _gather(out)
 
 
+OF_PIXELS = ("image_spectrum", "image_regions", "layout", "edges", "pixels", "contrast")
+
+
+@torch.inference_mode()
+@exact_convolutions
 def _of_pixels(model, images, _):
-    out = {"image_spectrum": [], "image_regions": [], "pixels": []}
+    out = {name: [] for name in OF_PIXELS}
     for x in _batches(model, images):
-        colours = opponent(x)
-        out["image_spectrum"].append(band_log_energies(colours))
-        out["image_regions"].append(region_log_energies(colours))
-        x = x.contiguous().flatten(1)
-        mean = x.mean(1)
-        variance = (x - mean[:, None]).square().sum(1) / (x.shape[1] - 1)  # torch's own takes three times as long
-        out["pixels"].append(torch.stack([mean, (variance + QUANTISATION).log()], 1))
+        colours, flat = opponent(x), x.contiguous().flatten(1)
+        mean = flat.mean(1)
+        variance = (flat - mean[:, None]).square().sum(1) / (flat.shape[1] - 1)  # torch's own takes three times as long
+        for name, value in zip(OF_PIXELS, (
+                band_log_energies(colours), region_log_energies(colours), layout_log_energies(x),
+                edge_log_ratios(colours), torch.stack([mean, (variance + QUANTISATION).log()], 1),
+                (flat.amax(1) - flat.amin(1)).clamp(min=1 / 255).log()), strict=True):
+            out[name].append(value)
     return _gather(out)
+
+
+@torch.inference_mode()
+def _cells(model, images, _):
+    return _gather({"cells": map(cell_log_energies, _batches(model, images))})
 
 
 def _code_bits(model, images, _):
@@ -266,5 +328,5 @@ def _regret(model, images, dequantized):
 
 LIKELIHOODS = "nll", "iw_nll"
 DECODED_OFTEN = *LIKELIHOODS, "regret"  # once for each sample or step; the others once
-PRODUCERS = {ENCODED: _encoded, ("image_spectrum", "image_regions", "pixels"): _of_pixels,
-             ("code_bits",): _code_bits, ("regret",): _regret}
+PRODUCERS = {ENCODED: _encoded, OF_PIXELS: _of_pixels, ("cells",): _cells, ("code_bits",): _code_bits,
+             ("regret",): _regret}

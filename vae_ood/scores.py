@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vae_ood.densities import ECOD, Gaussian, Mixture, Tail, Typicality, under
+from vae_ood.densities import ECOD, Gaussian, Halves, Mixture, Projected, Tail, Typicality, under
 from vae_ood.features import Part, of_pictures
 from vae_ood.parallel import from_first
 from vae_ood.patches import LEAST, Patches
+from vae_ood.pca import Components, Mahalanobis, Neighbour, Residual
 
-COMPONENTS = "residual_spectrum", "residual_regions", "likelihood_path", "latents", "joint"  # of `default`
-PATCHES = "image_patches"  # its other view, beside which the components together count HALF
-HALF = 0.5
+# The components of `default`, and each one's share of the false alarms: an outlier stands out least by its layout, and
+# a component that sees its outliers far beyond all inliers needs but a small share.
+COMPONENTS = {"layout": 0.5, "texture": 0.1, "light": 0.1, "joint": 0.1, "noise": 0.05, "edges": 0.05}
+PATCHES, SHARE = "image_patches", 5  # another component, where it holds, and its share beside theirs
 
 
 def read(features, names):
@@ -43,51 +45,47 @@ class Fitted(torch.nn.Module):
 
 
 class Combined(torch.nn.Module):
-    """`default`, fitted: its components, the tails of what they say of inliers, that of their norm, and the patches."""
+    """`default`, fitted: its components, the tails of what they say of inliers, and the patches."""
 
-    def __init__(self, components, tails, tail, patches):
+    def __init__(self, components, tails, patches):
         super().__init__()
-        self.components, self.tails = torch.nn.ModuleList(components), torch.nn.ModuleList(tails)
-        self.tail, self.patches = tail, patches
+        self.components, self.tails, self.patches = torch.nn.ModuleDict(components), torch.nn.ModuleDict(tails), patches
 
     @classmethod
     def fit(cls, train, unseen):
         """The components to features of `train`, the tails to those of `unseen`."""
-        components = [SCORES[name].fit(train) for name in COMPONENTS]
-        parts = [torch.from_numpy(component(unseen)) for component in components]
-        tails = [Tail.fit(part) for part in parts]
-        norm = torch.stack([tail(part) for tail, part in zip(tails, parts, strict=True)]).norm(4, dim=0)
-        return cls(components, tails, Tail.fit(norm), Patches.fit(train, unseen))
+        components = {name: SCORES[name].fit(train) for name in COMPONENTS}
+        tails = {name: Tail.fit(torch.from_numpy(component(unseen))) for name, component in components.items()}
+        return cls(components, tails, Patches.fit(train, unseen))
 
     @classmethod
     def restore(cls, state):
         """What `fit` gave, from its state_dict."""
-        return cls([SCORES[name].restore(under(state, f"components.{i}.")) for i, name in enumerate(COMPONENTS)],
-                   [Tail(**under(state, f"tails.{i}.")) for i in range(len(COMPONENTS))],
-                   Tail(**under(state, "tail.")), Patches.restore(under(state, "patches.")))
+        return cls({name: SCORES[name].restore(under(state, f"components.{name}.")) for name in COMPONENTS},
+                   {name: Tail(**under(state, f"tails.{name}.")) for name in COMPONENTS},
+                   Patches.restore(under(state, "patches.")))
 
     def forward(self, features):
         return self.said("", features)[""]
 
     def whitened(self, features):
         """What `joint` reads, in its whitened coordinates [N, D], float32."""
-        joint = self.components[COMPONENTS.index("joint")]
+        joint = self.components["joint"]
         return of_pictures(joint.density.whitened(read(features, joint.reads)).float().numpy(), features, np.mean)
 
     def said(self, name, features):
         """{name: scores [N]}: the score's own, and its components' as name.component."""
-        parts = {component: fitted(features) for component, fitted in zip(COMPONENTS, self.components, strict=True)}
+        parts = {component: fitted(features) for component, fitted in self.components.items()}
         if self.patches.holds:
             parts[PATCHES] = self.patches(features)
-        surprises = self.surprises(parts)
-        score = torch.stack([surprises[component] for component in COMPONENTS]).norm(4, dim=0)
-        if PATCHES in parts:
-            score = torch.stack([HALF * self.tail(score), surprises[PATCHES]]).norm(4, dim=0)
-        return {name: score.numpy()} | {f"{name}.{component}": part for component, part in parts.items()}
+        shares = COMPONENTS | {PATCHES: SHARE}
+        weighted = [surprise + math.log(shares[component]) for component, surprise in self.surprises(parts).items()]
+        score = torch.stack(weighted).amax(0).numpy()
+        return {name: score} | {f"{name}.{component}": part for component, part in parts.items()}
 
     def surprises(self, parts):
         """{component: -log p [N]} of some of the components' scores {component: [N]}."""
-        tails = dict(zip(COMPONENTS, self.tails, strict=True)) | {PATCHES: torch.nn.Identity()}
+        tails = dict(self.tails.items()) | {PATCHES: torch.nn.Identity()}
         return {component: tails[component](torch.from_numpy(part)) for component, part in parts.items()}
 
 
@@ -111,6 +109,8 @@ class Score:
         """The function from images' features to their scores [N], float64, fitted to training images' features. What
         is judged by images that it was not fitted to takes those of `unseen`, to which the model was not fitted
         either; where these are too few, a fifth of the training images."""
+        if isinstance(self.by, type) and issubclass(self.by, Components):
+            return self.by.fit(train)
         if self.by in (Combined, Patches):
             if unseen is None or len(unseen["groups"]) < LEAST:
                 kept = every_fifth(train["groups"])
@@ -123,7 +123,7 @@ class Score:
 
     def restore(self, state):
         """What `fit` gave, from its state_dict."""
-        if self.by in (Combined, Patches):
+        if hasattr(self.by, "restore"):
             return self.by.restore(state)
         return Fitted(self.reads, self.by(**under(state, "density.")) if isinstance(self.by, type) else self.by)
 
@@ -133,19 +133,39 @@ def value(x):
     return x[:, 0]
 
 
-SPECTRUM, REGIONS = ("residual_spectrum", "path"), ("residual_regions", "residual_fine")
-LATENTS, JOINT = ("mu", "log_sigma"), ("residual_spectrum", "residual_regions", "image_spectrum", "image_regions",
-                                       "path", "mu", "log_sigma")
+JOINT = ("residual_spectrum", "residual_regions", "image_spectrum", "image_regions", "path", "mu", "log_sigma")
 SCORES = {
     "default": Score(
-        """The score to use without thinking: the 4-norm of the surprises -log p of COMPONENTS, with p from
-        images that these were not fitted to (`Score.fit`). Where the training images show the same place by place, as
-        those of parts do (`Scale.holds`), it is the 4-norm of half of that one's surprise and the patches'.
+        """The score to use without thinking: the largest of its COMPONENTS' surprises -log p, each plus the log of its
+        share of the false alarms: minus the log of the smallest weighted p (doi 10.1093/biomet/93.3.509). p comes from
+        images that the components were not fitted to (`Score.fit`). Where the training images show the same place by
+        place, as those of parts do (`Scale.holds`), the patches have most of the share.
 
-        Fisher's sum of -log p is best where all see an outlier, the largest of them where one does; a norm between the
-        two loses little to either, so that neither low-level statistics nor latent ones drown the other. It is not a
+        Equal shares dilute what one component sees: each must stand out from the false alarms of all. It is not a
         p-value itself: eval.py calibrates it on inliers that it has not seen, which keeps the false-alarm rate.""",
-        tuple(dict.fromkeys((*SPECTRUM, *REGIONS, *JOINT))), Combined),
+        tuple(dict.fromkeys(("layout", "edges", "contrast", "residual_fine", *JOINT))), Combined),
+    "layout": Score(
+        """What lies where: the negative log density under a mixture of Gaussians of the principal components of random
+        filters' energies by place (`layout_log_energies`), of mu_z and log sigma_z.""",
+        ("layout", "mu", "log_sigma"), Projected),
+    "texture": Score(
+        """The squared Mahalanobis distances of the log energies in bands and colours, of the residual and of the image,
+        summed. The decoder's noise model says that x - mu_x is white; the inliers' is not, but its energies are
+        concentrated, and the distance is two-sided.""", ("residual_spectrum", "image_spectrum"), Halves),
+    "light": Score(
+        """The image's contrast and the statistics on the way to its likelihood (`likelihood_path`), by ECOD's tail
+        probabilities.""", ("path", "contrast"), ECOD),
+    "noise": Score(
+        """The squared Mahalanobis distance of the residual's log energies in the regions of an image, as it is and
+        high-passed: the decoder's noise model says that they are gamma everywhere. Inliers' are not, but the quietest
+        regions are about as quiet in all of them, which is where noise shows that a busy image's spectrum hides.""",
+        ("residual_regions", "residual_fine"), Gaussian),
+    "joint": Score(
+        """The negative log density of spectra and regional energies of residual and image, norms, mu_z and log sigma_z
+        under one mixture of Gaussians: it sees what is unlikely only together.""", JOINT, Mixture),
+    "edges": Score(
+        """Control, without a VAE: how far the straightest edges stand out (`edge_log_ratios`), by ECOD's tail
+        probabilities: what is pasted in, cut off or out of focus.""", ("edges",), ECOD, control=True),
     "nll": Score("The negative ELBO in nats (paper, section 4), averaged over the samples of z.", ("nll",), value),
     "iw_nll": Score(
         "The importance-weighted NLL in nats (arXiv 1509.00519), a tighter bound of -log p(x).", ("iw_nll",), value),
@@ -158,33 +178,33 @@ SCORES = {
     "likelihood_path": Score(
         """The statistics on the way to the likelihood, the log norms of x - mu_x, mu_z and sigma_z (arXiv 2401.04933),
         by ECOD's tail probabilities (arXiv 2201.00382).""", ("path",), ECOD),
-    "likelihood_path_gaussian": Score(
-        "The same statistics, by their squared Mahalanobis distance from the training images'.", ("path",), Gaussian),
-    "residual_spectrum": Score(
-        """The squared Mahalanobis distance of the residual's log energies in bands and colours, with the norms of
-        `likelihood_path`. The decoder's noise model says that x - mu_x is white; the inliers' is not, but its energies
-        are concentrated, and the distance is two-sided.""", SPECTRUM, Gaussian),
-    "residual_regions": Score(
-        """The squared Mahalanobis distance of the residual's log energies in the regions of an image, as it is and
-        high-passed: the decoder's noise model says that they are gamma everywhere. Inliers' are not, but the quietest
-        regions are about as quiet in all of them, which is where noise shows that a busy image's spectrum hides.""",
-        REGIONS, Gaussian),
     "latents": Score(
         """The negative log density of (mu_z, log sigma_z) under a mixture of Gaussians: the aggregate posterior, which
-        the prior in the ELBO describes badly (arXiv 1903.05789).""", LATENTS, Mixture),
-    "joint": Score(
-        """The negative log density of spectra and regional energies of residual and image, norms, mu_z and log sigma_z
-        under one mixture of Gaussians: it sees what is unlikely only together.""", JOINT, Mixture),
+        the prior in the ELBO describes badly (arXiv 1903.05789).""", ("mu", "log_sigma"), Mixture),
     "regret": Score(
         """Likelihood regret (arXiv 2003.02977) in nats: what the ELBO gains when q(z|x)'s own mu and log sigma are
         optimised for each image, from the encoder's, the decoder fixed.""", ("regret",), value),
-    "image_spectrum": Score(
-        "Control, without a VAE: the image's own spectrum with the same fit as `residual_spectrum`.",
-        ("image_spectrum",), Gaussian, control=True),
     PATCHES: Score(
         """Control, without a VAE: how unusual the fine structure of each place is, given that of all others, by
         whitened patches at two sizes (vae_ood/patches.py); for pictures that show the same place by place.""",
         ("images",), Patches, control=True),
+    "image_layout": Score(
+        "Control, without a VAE: `layout` without the code.", ("layout",), Projected, control=True),
+    "image_spectrum": Score(
+        "Control, without a VAE: the squared Mahalanobis distance of the image's log energies in bands and colours.",
+        ("image_spectrum",), Gaussian, control=True),
+    "image_cells": Score(
+        """Control, without a VAE: the squared Mahalanobis distance of the high-passed gray image's log energies in
+        8 x 8 and 16 x 16 cells.""", ("cells",), Gaussian, control=True),
+    "pca": Score(
+        "Control, without a VAE: the squared Mahalanobis distance in 32 principal components of the pixels.",
+        ("images",), Mahalanobis, control=True),
+    "pca_residual": Score(
+        "Control, without a VAE: the squared distance from what 100 principal components of the pixels can show.",
+        ("images",), Residual, control=True),
+    "knn": Score(
+        """Control, without a VAE: the distance to the fifth nearest training image among 64 principal components of the
+        pixels (arXiv 2204.06507, of pixels).""", ("images",), Neighbour, control=True),
     "code_length": Score(
         "Control, without a VAE: minus the bits of a lossless code, so that simple images score high.", ("code_bits",),
         lambda x: -x[:, 0], control=True),
