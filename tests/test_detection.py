@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,30 @@ def test_tiles_are_judged_in_two_parts(tmp_path, monkeypatch):
     numbers = pairs.pyod(pairs.TILES, Namespace(data_root=str(tmp_path), runs=str(tmp_path)))
     assert numbers["fit_images"] == 1 and seen[0][0].shape == (1, 1, 64, 64)
     assert [len(part) for part in seen[0][1]["blowholes_breaks"]] == [2, 1]
+
+
+def test_the_command_measures_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
+    measured, arguments = [], ["detection", "--runs", str(tmp_path / "runs")]
+
+    def measure(name, args):
+        measured.append(name)
+        return made_up(pairs.TILES, pairs.TILE_OUTLIERS)
+    monkeypatch.setattr(detection, "RESULTS", tmp_path)
+    monkeypatch.setattr(detection, "kept", lambda: {name: partial(measure, name) for name in ("a", "b")})
+    monkeypatch.setattr("sys.argv", arguments)
+    detection.main()
+    (tmp_path / "detection/b.json").unlink()
+    detection.main()
+    assert measured == ["a", "b", "b"] and (tmp_path / "detection.md").read_text() == detection.page(tmp_path)
+    assert (tmp_path / "detection.png").exists() == plots.available()
+
+    def missing():
+        raise UserError("pip install pyod")
+    monkeypatch.setattr(contenders, "methods", missing)
+    monkeypatch.setattr(detection, "kept", lambda: {name: partial(measure, name) for name in ("c", "pyod_d")})
+    with pytest.raises(UserError, match="pip install pyod"):
+        detection.main()
+    assert measured == ["a", "b", "b"]  # it is told before anything else takes its time
 
 
 class Distance:

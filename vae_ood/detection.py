@@ -18,6 +18,7 @@ from pathlib import Path
 from vae_ood import checkpoint, contenders, plots
 from vae_ood.cli import Parser, make_folder, one_line_errors
 from vae_ood.data.synthetic import CORRUPTIONS
+from vae_ood.member import FIT_IMAGES
 from vae_ood.pairs import (
     CLASS_OUTLIERS,
     CLASSES,
@@ -178,6 +179,7 @@ def at_a_glance(found):
 
 
 GLOSSARY = (
+    "**default** is what eval.py flags by; it and the others are described [here](../vae_ood/README.md#the-scores).",
     "**AUROC**: 0.5 is a coin's, 1 is perfect; ties count half. Inliers are test images, which nothing was trained on "
     f"or fitted to. A larger score is more outlying. ±: {INTERVAL}; the intervals over images are in the files.",
     "**aim**: what was set beforehand for `default`, whatever the others reach.",
@@ -238,9 +240,9 @@ def left_out(found):
     lines = ["## One class left out", "",
              f"Trained on nine of ten classes: alpha = {some[0]['alpha']:g}, kappa = {some[0]['kappa']}, "
              f"{some[0]['iters']:,} steps ({statistics.median(run['minutes'] for run in some):.1f} minutes on two CPU "
-             "cores, the median), one seed. Inliers: the nine classes' 9,000 official test images; outliers: the "
-             "tenth's 1,000. Columns of AUROC; controls are marked.", ""]
-    for data in found["without"]:
+             f"cores, the median), one seed; scores fitted to {FIT_IMAGES:,} training images. Inliers: the nine "
+             "classes' 9,000 official test images; outliers: the tenth's 1,000. The columns of scores are AUROCs.", ""]
+    for data in (data for data in CLASSES if data in found["without"]):
         rows = [pair for pair in pairs if pair.inliers.startswith(data)]
         controls = [score for score in rows[0].aurocs if score in CONTROLS]
         lines += [f"### {data}", "", *markdown(
@@ -259,7 +261,8 @@ def others(found):
              f"PyOD's detectors as their constructors have them, fitted to the pixels of the first {contenders.FIT:,} "
              f"training images at most, one seed; AUROC and FPR95 on the first {contenders.SCORED:,} images of each "
              "set. `default`: as above, on all images, over the seeds.", ""]
-    for data, (run,) in found["pyod"].items():
+    for data in (data for data in (*OUTLIERS, TILES) if data in found["pyod"]):
+        run, = found["pyod"][data]
         outliers = list(next(iter(run["scores"].values())))
         ours = [{"scores": {"default": of["scores"]["default"]}} for of in found["named"].get(data, [])]
         lines += [f"### Inliers: {data}, {run['fit_images']:,} to fit to", "",
