@@ -83,7 +83,7 @@ def test_a_page_of_every_kind_of_pair(tmp_path):
     tiles = [made_up(pairs.TILES, pairs.TILE_OUTLIERS, seed) for seed in range(3)]
     classes = [made_up("cifar10", (pairs.CLASS_OUTLIERS,), without=one) for one in (0, 1, 6)]
     classes[1]["scores"]["default"][pairs.CLASS_OUTLIERS]["auroc"] = 0.99
-    pyod = {"data": pairs.TILES, "pyod": True, "fit_images": 7, "commands": [],
+    pyod = {"data": pairs.TILES, "pyod": "9.8.7", "fit_images": 7,
             "scores": {"kNN": {one: {"auroc": 0.7654, "fpr95": 0.5} for one in pairs.TILE_OUTLIERS}}}
     text = written(tmp_path, *tiles, *classes, pyod)
     best = next(score for score in SCORES if score != "default" and score not in CONTROLS)
@@ -97,7 +97,7 @@ def test_a_page_of_every_kind_of_pair(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| automobile (development) | 0.9900 |"))
     assert row.count("|") == len(CONTROLS) + 7 and "| level | 0.250 | 87.6 (4.3) |" in row
     assert next(line for line in text.splitlines() if line.startswith("| frog |"))
-    assert "| kNN | 0.7654, 0.500 | 0.7654, 0.500 |" in text and "7 to fit to" in text
+    assert "| kNN | 0.7654, 0.500 | 0.7654, 0.500 |" in text and "PyOD 9.8.7, " in text
     assert set(SCORES) <= set(re.findall(r"^\| (\w+)", text, re.MULTILINE))
 
 
@@ -230,6 +230,7 @@ def test_tiles_are_judged_in_two_parts(tmp_path, monkeypatch):
     assert names == {"blowholes_breaks": [["b.jpg", "d.jpg"], ["exp_Break_1.jpg"]],
                      "other_defects": [["c.jpg"], ["exp_Crack_1.jpg"]]}
     seen = []
+    monkeypatch.setattr(pairs, "version", lambda name: "9.8.7")
     monkeypatch.setattr(contenders, "compare", lambda train, against: seen.append((train, against)) or {})
     numbers = pairs.pyod(pairs.TILES, Namespace(data_root=str(tmp_path), runs=str(tmp_path)))
     assert numbers["fit_images"] == 1 and seen[0][0].shape == (1, 1, 64, 64)

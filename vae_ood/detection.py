@@ -182,7 +182,7 @@ GLOSSARY = (
     "**default** is what eval.py flags by; it and the others are described [here](../vae_ood/README.md#the-scores).",
     "**AUROC**: 0.5 is a coin's, 1 is perfect; ties count half. Inliers are test images, which nothing was trained on "
     f"or fitted to. A larger score is more outlying. ±: {INTERVAL}; the intervals over images are in the files.",
-    "**aim**: what was set beforehand for `default`, whatever the others reach.",
+    "**aim**: what is wanted of `default`, whatever the others reach; set with earlier figures in view.",
     "**control**: it sees the image and no model. The best control and the best other score are chosen on these very "
     "outliers, as nobody can beforehand.",
     f"**verdict**: `default` against the better of these two; level: within {WITHIN}; BEHIND in capitals: where the "
@@ -258,9 +258,10 @@ def others(found):
     if not found["pyod"]:
         return []
     lines = ["## PyOD on the same pixels", "",
-             f"PyOD's detectors as their constructors have them, fitted to the pixels of the first {contenders.FIT:,} "
-             f"training images at most, one seed; AUROC and FPR95 on the first {contenders.SCORED:,} images of each "
-             "set. `default`: as above, on all images, over the seeds.", ""]
+             f"PyOD {' or '.join(sorted({run['pyod'] for (run,) in found['pyod'].values()}))}, its detectors as their "
+             f"constructors have them, fitted to the pixels of the first {contenders.FIT:,} training images at most, "
+             f"one seed; on the first {contenders.SCORED:,} images of each set. `default`: as above, on all images, "
+             "over the seeds.", ""]
     for data in (data for data in (*OUTLIERS, TILES) if data in found["pyod"]):
         run, = found["pyod"][data]
         outliers = list(next(iter(run["scores"].values())))

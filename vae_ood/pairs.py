@@ -2,7 +2,8 @@
 
 `args` are the command's: `runs`, the folder of the runs, and `data_root`. What is measured is a dict: data, seed,
 commands, sets {name: {n, notes}}, scores {score: {outliers: `detection`}}, and flagged {outliers: [the share of the
-inliers, of the outliers, that `default` flags at a false-alarm rate of RATE]}.
+inliers, of the outliers, that `default` flags at a false-alarm rate of RATE]}. Of PyOD: data, pyod (its version),
+fit_images, scores.
 """
 
 import csv
@@ -12,6 +13,7 @@ import shlex
 import statistics
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -222,5 +224,5 @@ def pyod(data, args):
             others = corrupt(test, name) if name in CORRUPTIONS else load(path, "all", args.data_root,
                                                                           test.pixels.shape[1:])
             against[name] = test.pixels, others.pixels
-    return {"data": data, "pyod": True, "seed": contenders.SEED, "commands": [],
-            "fit_images": min(len(train), contenders.FIT), "scores": contenders.compare(train, against)}
+    scores = contenders.compare(train, against)
+    return {"data": data, "pyod": version("pyod"), "fit_images": min(len(train), contenders.FIT), "scores": scores}
