@@ -169,9 +169,10 @@ class Typicality(Density):
 
 
 class Tail(Density):
-    """-log p of a score [M], where p is the share of inliers that score at least as high; beyond their largest tenth a
-    generalised Pareto tail (peaks over threshold), exponential or heavier, by the probability-weighted moments of
-    Hosking and Wallis (doi 10.1080/00401706.1987.10488243). Buffers: inliers [N], sorted; threshold, shape, scale."""
+    """-log p of a score [M], where p is the share of inliers that score at least as high; beyond their largest tenth,
+    or what of it is above a value that many share, a generalised Pareto tail (peaks over threshold), exponential or
+    heavier, by the probability-weighted moments of Hosking and Wallis (doi 10.1080/00401706.1987.10488243). Buffers:
+    inliers [N], sorted; threshold, shape, scale."""
 
     SHARE = 0.1
 
@@ -180,14 +181,16 @@ class Tail(Density):
         """To inliers' scores [N]."""
         inliers = x.sort().values
         threshold = inliers.quantile(1 - cls.SHARE)
-        excess = inliers[inliers >= threshold] - threshold
-        n, mean = len(excess), excess.mean().clamp(min=1e-12)
-        beyond = 1 - (torch.arange(n, dtype=x.dtype) + 0.65) / n  # the probability beyond each
-        shape = (2 - mean / (mean - 2 * (excess * beyond).mean())).clamp(1e-9, 0.99)
+        excess = inliers[inliers > threshold] - threshold
+        n = max(1, len(excess))
+        mean = (excess.sum() / n).clamp(min=1e-12)
+        beyond = 1 - (torch.arange(len(excess), dtype=x.dtype) + 0.65) / n  # the probability beyond each
+        shape = (2 - mean / (mean - 2 * (excess * beyond).sum() / n)).clamp(1e-9, 0.99)
         return cls(inliers=inliers, threshold=threshold, shape=shape, scale=mean * (1 - shape))
 
     def forward(self, x):
-        n, share = len(self.inliers), -math.log(self.SHARE)
+        n = len(self.inliers)
+        share = -math.log((float((self.inliers > self.threshold).sum()) + 0.5) / (n + 1))
         p = (n - torch.searchsorted(self.inliers, x.contiguous()).double() + 0.5) / (n + 1)
         beyond = (self.shape * (x - self.threshold).clamp(min=0) / self.scale).log1p() / self.shape
         return torch.where(x <= self.threshold, (-p.log()).clamp(max=share), share + beyond)

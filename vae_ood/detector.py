@@ -32,8 +32,8 @@ from vae_ood.training import train
 
 FORMAT = 4  # 1 had no `view`, 2 neither maps nor patches, 3 other views
 LEAST_THINGS = 5  # of which is said whether as a set they are like the training data
-WORDS = {"layout": "what lies where", "texture": "fine texture", "light": "contrast and brightness",
-         "noise": "noise of a region", "edges": "straight edges", "joint": "an unusual combination",
+WORDS = {"layout": "what lies where", "texture": "fine texture", "edges": "straight edges",
+         "contrast": "contrast", "noise": "noise of a region", "joint": "an unusual combination",
          "image_patches": "fine structure at a place"}  # what a component of `default` speaks of
 
 

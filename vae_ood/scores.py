@@ -20,7 +20,7 @@ from vae_ood.pca import Components, Mahalanobis, Neighbour, Residual
 
 # The components of `default`, and each one's share of the false alarms: an outlier stands out least by its layout, and
 # a component that sees its outliers far beyond all inliers needs but a small share.
-COMPONENTS = {"layout": 0.5, "texture": 0.1, "light": 0.1, "joint": 0.1, "noise": 0.05, "edges": 0.05}
+COMPONENTS = {"layout": 0.6, "texture": 0.1, "edges": 0.1, "joint": 0.1, "contrast": 0.05, "noise": 0.05}
 PATCHES, SHARE = "image_patches", 5  # another component, where it holds, and its share beside theirs
 
 
@@ -152,9 +152,12 @@ SCORES = {
         """The squared Mahalanobis distances of the log energies in bands and colours, of the residual and of the image,
         summed. The decoder's noise model says that x - mu_x is white; the inliers' is not, but its energies are
         concentrated, and the distance is two-sided.""", ("residual_spectrum", "image_spectrum"), Halves),
-    "light": Score(
-        """The image's contrast and the statistics on the way to its likelihood (`likelihood_path`), by ECOD's tail
-        probabilities.""", ("path", "contrast"), ECOD),
+    "edges": Score(
+        """Control, without a VAE: how far the straightest edges stand out (`edge_log_ratios`), by ECOD's tail
+        probabilities: what is pasted in, cut off or out of focus.""", ("edges",), ECOD, control=True),
+    "contrast": Score(
+        """Control, without a VAE: the squared distance of the log of the brightest less the darkest value from its
+        mean.""", ("contrast",), Gaussian, control=True),
     "noise": Score(
         """The squared Mahalanobis distance of the residual's log energies in the regions of an image, as it is and
         high-passed: the decoder's noise model says that they are gamma everywhere. Inliers' are not, but the quietest
@@ -163,9 +166,6 @@ SCORES = {
     "joint": Score(
         """The negative log density of spectra and regional energies of residual and image, norms, mu_z and log sigma_z
         under one mixture of Gaussians: it sees what is unlikely only together.""", JOINT, Mixture),
-    "edges": Score(
-        """Control, without a VAE: how far the straightest edges stand out (`edge_log_ratios`), by ECOD's tail
-        probabilities: what is pasted in, cut off or out of focus.""", ("edges",), ECOD, control=True),
     "nll": Score("The negative ELBO in nats (paper, section 4), averaged over the samples of z.", ("nll",), value),
     "iw_nll": Score(
         "The importance-weighted NLL in nats (arXiv 1509.00519), a tighter bound of -log p(x).", ("iw_nll",), value),

@@ -109,8 +109,8 @@ def idx(folder, split):
 CIFAR_BATCH = 10_000 * 3073  # bytes
 
 
-def cifar10(folder, split):
-    """CIFAR-10's part, of as many of its files as there are, as `Images`. Raises UserError."""
+def cifar10_records(folder, split):
+    """(the records of CIFAR-10's part, uint8 [N, 3073], each a class and its pixels [3, 32, 32]; of how many files)."""
     pattern = r"data_batch_[1-5]\.bin" if split == "train" else r"test_batch\.bin"
     parts = {p.name: p.read_bytes() for place in (folder, folder / "cifar-10-batches-bin") if place.is_dir()
              for p in sorted(place.iterdir()) if re.fullmatch(pattern, p.name)}
@@ -130,10 +130,16 @@ def cifar10(folder, split):
         if not 0 < len(data) <= CIFAR_BATCH or len(data) % 3073 or records[::3073].max() > 9:
             raise UserError(f"{folder / name} is not a CIFAR-10 batch of the binary version (3,073 bytes a record): "
                             "delete it or replace it")
-    records = np.concatenate([np.frombuffer(parts[name], np.uint8).reshape(-1, 3073) for name in sorted(parts)])
+    return np.concatenate([np.frombuffer(parts[name], np.uint8).reshape(-1, 3073)
+                           for name in sorted(parts)]), len(parts)
+
+
+def cifar10(folder, split):
+    """CIFAR-10's part, of as many of its files as there are, as `Images`. Raises UserError."""
+    records, files = cifar10_records(folder, split)
     images = Images(folder.name, torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()))
-    if split == "train" and len(parts) < 5:
-        images.notes.append(f"{len(parts)} of 5 training files found: {len(records):,} of 50,000 images")
+    if split == "train" and files < 5:
+        images.notes.append(f"{files} of 5 training files found: {len(records):,} of 50,000 images")
     return images
 
 
@@ -194,8 +200,8 @@ def _opened(archive):
         raise UserError(f"{archive} is truncated or damaged ({reason(error)}): delete it or replace it") from None
 
 
-def celeba(folder, split):
-    """CelebA's part, faces cropped to their middle 148x148 and scaled to 32x32, as `Images`. Raises UserError."""
+def celeba_pictures(folder, split):
+    """({name: path or bytes} of CelebA's part, by name; what the split goes by). Raises UserError."""
     pictures, archive = {}, folder / "img_align_celeba.zip"
     if (folder / "img_align_celeba").is_dir():
         pictures = {p.name: p for p in (folder / "img_align_celeba").iterdir() if p.suffix == ".jpg"}
@@ -223,6 +229,12 @@ def celeba(folder, split):
     if not chosen:
         raise UserError(f"none of the {len(pictures):,} pictures in {folder} is in CelebA's {split} partition: "
                         "add the missing pictures")
+    return {name: pictures[name] for name in chosen}, note
+
+
+def celeba(folder, split):
+    """CelebA's part, faces cropped to their middle 148x148 and scaled to 32x32, as `Images`. Raises UserError."""
+    pictures, note = celeba_pictures(folder, split)
 
     def picture(name):
         pixels = decode(pictures[name], name).pixels
@@ -232,7 +244,7 @@ def celeba(folder, split):
         return convert(pixels[None], (3, 32, 32))
 
     with ThreadPoolExecutor() as pool:
-        return Images(folder.name, torch.cat(list(pool.map(picture, chosen))), [note])
+        return Images(folder.name, torch.cat(list(pool.map(picture, pictures))), [note])
 
 
 DATASETS = {"fashionmnist": idx, "mnist": idx, "cifar10": cifar10, "svhn": svhn, "celeba": celeba}
