@@ -49,7 +49,7 @@ def test_white_noise_has_the_same_energy_in_every_band(shape):
 
 
 def test_gray_images_have_no_colour_energy():
-    x = torch.rand(5, 1, 16, 16).expand(-1, 3, -1, -1)
+    x = to_unit(random_images(5, (1, 16, 16))).expand(-1, 3, -1, -1)
     energies = features.band_log_energies(features.opponent(x)).unflatten(1, (3, -1))
     torch.testing.assert_close(energies[:, 1:].exp(), torch.full_like(energies[:, 1:], features.QUANTISATION),
                                atol=1e-7, rtol=1e-2)
@@ -117,13 +117,17 @@ def test_surprise_is_minus_log_p(shape):
     np.testing.assert_allclose(heavy(np.expm1(shape * x) / shape), x, atol=0.05, rtol=0.1)
 
 
-def test_surprise_of_nan_is_nan():
-    tied = np.r_[np.zeros(9500), 1 + rng.exponential(size=500)]  # of what many share, nothing is beyond
-    np.testing.assert_allclose(fitted(Tail, tied)(np.array([0.0, 3.0, 5.0])), [0, 2 + math.log(20), 4 + math.log(20)],
+def test_surprise_where_many_inliers_share_a_value():
+    rng = np.random.default_rng(0)
+    tied = np.r_[np.zeros(9500), rng.exponential(size=500)]  # beyond what many share there are few
+    np.testing.assert_allclose(fitted(Tail, tied)(np.array([0.0, 3.0, 5.0])), [0, 3 + math.log(20), 5 + math.log(20)],
                                rtol=0.1, atol=1e-3)
     most = fitted(Tail, np.r_[rng.random(800), np.ones(200)])(np.array([0.5, 1.0, 1.1]))  # the largest, by a fifth
     assert most[0] == pytest.approx(math.log(1 / 0.6), rel=0.1) and most[1] == pytest.approx(math.log(5), rel=0.01)
     assert most[2] > math.log(1000)
+
+
+def test_surprise_of_nan_is_nan():
     assert np.isnan(fitted(Tail, np.arange(30.0))(np.array([np.nan, 1]))).tolist() == [True, False]
 
 
