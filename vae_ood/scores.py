@@ -21,7 +21,8 @@ from vae_ood.pca import Components, Mahalanobis, Neighbour, Residual
 # The components of `default`, and each one's share of the false alarms: an outlier stands out least by its layout, and
 # a component that sees its outliers far beyond all inliers needs but a small share.
 COMPONENTS = {"layout": 0.6, "texture": 0.1, "edges": 0.1, "joint": 0.1, "contrast": 0.05, "noise": 0.05}
-PATCHES, SHARE = "image_patches", 5  # another component, where it holds, and its share beside theirs
+PATCHES = "image_patches"  # another component, where it holds, beside which the others together count a THIRD
+THIRD = 1 / 3
 
 
 def read(features, names):
@@ -78,10 +79,11 @@ class Combined(torch.nn.Module):
         parts = {component: fitted(features) for component, fitted in self.components.items()}
         if self.patches.holds:
             parts[PATCHES] = self.patches(features)
-        shares = COMPONENTS | {PATCHES: SHARE}
-        weighted = [surprise + math.log(shares[component]) for component, surprise in self.surprises(parts).items()]
-        score = torch.stack(weighted).amax(0).numpy()
-        return {name: score} | {f"{name}.{component}": part for component, part in parts.items()}
+        surprises = self.surprises(parts)
+        score = torch.stack([surprises[component] + math.log(share) for component, share in COMPONENTS.items()]).amax(0)
+        if PATCHES in parts:
+            score = torch.maximum(THIRD * score, surprises[PATCHES])
+        return {name: score.numpy()} | {f"{name}.{component}": part for component, part in parts.items()}
 
     def surprises(self, parts):
         """{component: -log p [N]} of some of the components' scores {component: [N]}."""
@@ -139,7 +141,7 @@ SCORES = {
         """The score to use without thinking: the largest of its COMPONENTS' surprises -log p, each plus the log of its
         share of the false alarms: minus the log of the smallest weighted p (doi 10.1093/biomet/93.3.509). p comes from
         images that the components were not fitted to (`Score.fit`). Where the training images show the same place by
-        place, as those of parts do (`Scale.holds`), the patches have most of the share.
+        place, as those of parts do (`Scale.holds`), it is the larger of a third of that and the patches' surprise.
 
         Equal shares dilute what one component sees: each must stand out from the false alarms of all. It is not a
         p-value itself: eval.py calibrates it on inliers that it has not seen, which keeps the false-alarm rate.""",
