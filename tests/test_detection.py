@@ -149,13 +149,12 @@ def test_combinations_are_those_of_their_definition():
                for shares, pair in rows[::4])
 
 
-def test_shares_are_of_every_two_or_more_and_many_others():
+def test_shares_are_those_of_default_of_every_two_or_more_and_many_others():
     shares, n = frontier.some_shares(), len(COMPONENTS)
     assert shares.shape[1] == n and len(shares) <= 600 and shares.sum(1) == pytest.approx(1) and shares.min() >= 0
     equal = {tuple(row > 0) for row in shares if len(set(row[row > 0].round(12))) == 1}
-    assert len(equal) == 2 ** n - 1 - n
-    drawn = shares[len(equal):]
-    of_two = np.sort(drawn, axis=1)[:, -2:].sum(1)
+    assert len(equal) == 2 ** n - 1 - n and tuple(COMPONENTS.values()) in map(tuple, shares)
+    of_two = np.sort(shares, axis=1)[:, -2:].sum(1)
     assert (of_two > 0.9).sum() > 100 and (of_two < 0.7).sum() > 100
 
 

@@ -14,17 +14,17 @@ from vae_ood.metrics import conformal_p_values, detection
 from vae_ood.plots import METADATA, figure_and_axes
 from vae_ood.scores import COMPONENTS, CONTROLS
 
-OUTLIERS, DRAWN = ("svhn", "celeba"), 400  # of CIFAR-10, which no single score tells both well, and shares drawn
+OUTLIERS, DRAWN = ("svhn", "celeba"), 500  # of CIFAR-10, which no single score tells both well, and shares drawn
 LEAST = 0.0001  # the figures' last digit: where an AUROC of 0 is drawn
 TICKS = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 
 
 def some_shares():
-    """Shares of COMPONENTS [n, C], each row's sum 1: equal ones of any two or more components, and DRAWN at random, of
-    which half leave most of it to few."""
+    """Shares of COMPONENTS [n, C], each row's sum 1: those of `default`, equal ones of any two or more components, and
+    DRAWN at random, of which half leave most of it to few."""
     equal = np.array([row for row in itertools.product((0.0, 1.0), repeat=len(COMPONENTS)) if sum(row) > 1])
     rng = np.random.default_rng(0)
-    return np.concatenate([equal / equal.sum(1, keepdims=True),
+    return np.concatenate([[list(COMPONENTS.values())], equal / equal.sum(1, keepdims=True),
                            *(rng.dirichlet(np.full(len(COMPONENTS), each), DRAWN // 2) for each in (1, 0.2))])
 
 
@@ -68,7 +68,7 @@ def lines(runs):
         f"{across}, up, on the {n[up]:,} of {up}, both development, against every other test image "
         f"({n['test'] // 2:,}). Gray are {len(one['combined'])} combinations of `default`'s components, the smallest "
         "weighted p-value (by ranks among the other test images, in place of `default`'s fitted tails) at shares that "
-        "are equal or drawn at random, which are judged on these very outliers. "
+        "are its own, equal, or drawn at random, and judged on these very outliers. "
         f"`default` lies at {x:.4f} and {y:.4f}: {as_good or 'none'} of the {len(pairs)} combinations and single "
         f"components {'is' if as_good < 2 else 'are'} as good on both, the best of those that are as good on {across} "
         f"has {on_up} on {up}, and the best of those that are as good on {up} has {on_across} on {across}.", ""]
