@@ -37,14 +37,16 @@ def measured(calibrate, count):
 
     def alone(name):
         return aurocs({one: scores[name] for one, scores in count.items()})
+
+    def combined(shares):
+        weights = np.array([math.log(share) if share else -math.inf for share in shares])[:, None]
+        return aurocs({one: (each + weights).max(0).round(9) for one, each in surprises.items()})  # ties stay ties
     surprises = {one: -np.log([conformal_p_values((calibrate[name], np.arange(len(calibrate[name])), count[one][name]))
                                for name in COMPONENTS]) for one in ("test", *OUTLIERS)}
-    weights = [[math.log(share) if share else -math.inf for share in row] for row in some_shares()]
     return {"outliers": list(OUTLIERS), "alone": {name: alone(name) for name in COMPONENTS},
             "controls": {name: alone(name) for name in CONTROLS if name in calibrate and name not in COMPONENTS},
             "default": alone("default"),
-            "combined": [aurocs({one: (each + np.array(row)[:, None]).max(0) for one, each in surprises.items()})
-                         for row in weights]}
+            "combined": [combined(shares) for shares in some_shares()]}
 
 
 def run_of(runs):
