@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from sklearn.metrics import roc_auc_score
 
 from tests.conftest import ROOT
 from tests.test_reproduce import write_run
-from vae_ood import UserError, contenders, detection, pairs, plots
-from vae_ood.scores import CONTROLS, SCORES
+from vae_ood import UserError, contenders, detection, dots, frontier, pairs, plots
+from vae_ood.scores import COMPONENTS, CONTROLS, SCORES
 
 RESULTS = ROOT / "results"
 HEADLINE = r"^\| {} \| {}(?: \(development\))? \| .*$"
@@ -111,11 +112,101 @@ def test_the_verdict_is_about_the_best_of_controls_and_scores(default, control, 
 
 def test_the_picture_of_the_pairs(tmp_path):
     pytest.importorskip("matplotlib")
-    dots = [("a", "here", 0.5, 0.7, True), ("b", "there", 0.9, 0.6, False), *[("b", "x", 0.999, 1.0, False)] * 3]
-    plots.versus(tmp_path / "one.png", dots, "x", "y")
-    plots.versus(tmp_path / "two.png", [("a", "here", 0.5, 0.8, True), *dots[1:]], "x", "y")
+    some = [("a", "here", 0.5, 0.7, True), ("b", "there", 0.9, 0.6, False), *[("b", "x", 0.999, 1.0, False)] * 3]
+    dots.versus(tmp_path / "one.png", some, "x", "y")
+    dots.versus(tmp_path / "two.png", [("a", "here", 0.5, 0.8, True), *some[1:]], "x", "y")
     assert (tmp_path / "one.png").stat().st_size > 10_000
     assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
+
+
+def test_combinations_are_those_of_their_definition():
+    """Against p by counting and another AUROC, on scores of few values, so that many tie."""
+    rng, control = np.random.default_rng(0), next(name for name in CONTROLS if name not in COMPONENTS)
+    scores = ["default", control, *COMPONENTS]
+
+    def made(n, shift):
+        return {name: rng.integers(0, 12, n) + shift * (i % 3) for i, name in enumerate(scores)}
+    calibrate, count = made(15, 0), {"test": made(14, 0), "svhn": made(9, 1), "celeba": made(8, 2), "mnist": made(5, 3)}
+    numbers = frontier.measured(calibrate, count)
+
+    def aurocs(of):
+        return [roc_auc_score([0] * 14 + [1] * len(of[one]), [*of["test"], *of[one]]) for one in ("svhn", "celeba")]
+
+    def alone(name):
+        return pytest.approx(aurocs({one: scores[name] for one, scores in count.items()}), abs=6e-5)
+
+    def combined(scores, shares):
+        weighted = [min((1 + sum(calibrate[name] >= scores[name][i])) / 16 / share
+                        for name, share in zip(COMPONENTS, shares, strict=True) if share)
+                    for i in range(len(scores["default"]))]
+        return [-round(one, 12) for one in weighted]
+    assert numbers["outliers"] == ["svhn", "celeba"] and numbers["default"] == alone("default")
+    assert set(numbers["controls"]) == {control} and numbers["controls"][control] == alone(control)
+    assert set(numbers["alone"]) == set(COMPONENTS)
+    assert all(pair == alone(name) for name, pair in numbers["alone"].items())
+    rows = list(zip(frontier.some_shares(), numbers["combined"], strict=True))
+    assert all(pair == pytest.approx(aurocs({one: combined(scores, shares) for one, scores in count.items()}), abs=6e-5)
+               for shares, pair in rows[::4])
+
+
+def test_shares_are_those_of_default_of_every_two_or_more_and_many_others():
+    shares, n = frontier.some_shares(), len(COMPONENTS)
+    assert shares.shape[1] == n and len(shares) <= 600 and shares.sum(1) == pytest.approx(1) and shares.min() >= 0
+    equal = {tuple(row > 0) for row in shares if len(set(row[row > 0].round(12))) == 1}
+    assert len(equal) == 2 ** n - 1 - n and tuple(COMPONENTS.values()) in map(tuple, shares)
+    of_two = np.sort(shares, axis=1)[:, -2:].sum(1)
+    assert (of_two > 0.9).sum() > 100 and (of_two < 0.7).sum() > 100
+
+
+def test_the_envelope_is_what_nothing_beats():
+    points = [tuple(point) for point in np.random.default_rng(0).integers(0, 30, (99, 2)) if sum(point) < 33]
+    kept = [a for a in set(points) if not any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in points)]
+    assert frontier.envelope(points) == sorted(kept) and len(kept) > 2 and frontier.envelope([]) == []
+
+
+FRONTIER = {"outliers": ["svhn", "celeba"], "default": [0.9, 0.7], "combined": [[0.8, 0.75], [0.95, 0.6], [0.9, 0.7]],
+            "alone": {"joint": [0.99, 0.65], "layout": [0.4, 0.8]}, "controls": {CONTROLS[0]: [1.0, 0.0]}}
+
+
+def test_the_page_says_where_default_lies_where_that_was_measured(tmp_path):
+    run = made_up("cifar10", ("svhn", "celeba"))
+    run["sets"] = {"test": {"n": 30, "notes": []}, "svhn": {"n": 2000, "notes": []}, "celeba": {"n": 17, "notes": []}}
+    known, fewer = run | {"frontier": FRONTIER}, run | {"frontier": FRONTIER | {"default": [0.995, 0.7]}}
+    said = {}
+    for name, runs in {"without": [run, run], "with": [run, known], "fewer": [fewer]}.items():
+        (tmp_path / name).mkdir()
+        said[name] = written(tmp_path / name, *runs)
+    assert "frontier" not in said["without"] and "(frontier.png)" in said["with"]
+    for sentence in ("the 2,000 images of svhn, up, on the 17 of celeba, both development, against every other test "
+                     "image (15). Gray are 3 combinations ",
+                     "`default` lies at 0.9000 and 0.7000: 1 of the 5 combinations and single components is as good on "
+                     "both, the best of those that are as good on svhn has 0.7000 on celeba, and the best of those "
+                     "that are as good on celeba has 0.9000 on svhn."):
+        assert sentence in said["with"]
+    assert ": none of the 5 " in said["fewer"] and " as good on svhn has none on celeba, " in said["fewer"]
+
+
+def test_the_picture_of_the_frontier(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, more in {"one": {}, "two": {"default": [0.9, 0.6]}, "three": {"combined": [[0.5, 0.5]]}}.items():
+        frontier.draw(tmp_path / f"{name}.png", FRONTIER | more)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 3
+    assert min(path.stat().st_size for path in tmp_path.iterdir()) > 10_000
+
+
+def test_a_label_lies_on_no_other_and_on_no_dot():
+    pytest.importorskip("matplotlib")
+    figure, axes = plots.figure_and_axes(4.0, 4.0)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    places = [(0.5, 0.5), (0.6, 0.5), (0.99, 0.2), *[(0.2, 0.8)] * 9]
+    dots.label(figure, axes, [(f"label {i}", xy, "black", i) for i, xy in enumerate(places[:3])] + [
+        ("same place", places[3], "black", None)] * 2, places)
+    figure.draw_without_rendering()  # as it is saved
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == ["label 0", "label 1", "label 2", "same place", "same place"]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(box.contains(*place) for box in boxes for place in axes.transData.transform(places))
+    assert max(box.x1 for box in boxes) < figure.bbox.x1
 
 
 def test_what_is_measured_and_that_it_is_not_measured_twice(tmp_path, monkeypatch):
@@ -134,7 +225,9 @@ def test_what_is_measured_and_that_it_is_not_measured_twice(tmp_path, monkeypatc
         metrics["scores"] = {"regret" if "--scores" in arguments else "default": metrics["scores"]["nll"]}
         (out / "metrics.json").write_text(json.dumps(metrics))
         rows = [("test", i, i) for i in range(40)] + [(name, i, 30 + i) for name in outliers for i in range(20)]
-        (out / "scores.csv").write_text("set,index,default\n" + "".join("{},{},{}\n".format(*row) for row in rows))
+        columns = ["default", *COMPONENTS]
+        (out / "scores.csv").write_text(",".join(["set", "index", *columns]) + "\n" + "".join(
+            ",".join(map(str, [one, i, *[score] * len(columns)])) + "\n" for one, i, score in rows))
 
     monkeypatch.setattr(pairs, "execute", execute)
     monkeypatch.setattr(pairs, "faces", lambda args: None)
@@ -149,7 +242,12 @@ def test_what_is_measured_and_that_it_is_not_measured_twice(tmp_path, monkeypatc
     assert numbers["flagged"]["svhn"] == [1 / 20, 11 / 20]
     assert numbers["test_bpd"] == pytest.approx(6.5) and numbers["minutes"] == pytest.approx(10_000 * 0.1 / 60)
     assert str(tmp_path) not in json.dumps(numbers)
+    # the outliers 30 to 49 against the inliers 1, 3, ... 39: (15 + 15.5 + 16 + ... + 19.5 + 10 * 20) / 400
+    assert numbers["frontier"]["default"] == pytest.approx([0.93125] * 2, abs=6e-5)
     assert pairs.named(run, args) == numbers and len(ran) == 2
+    other = replace(run, seed=1)
+    write_run(tmp_path / other.folder, outliers=("svhn", "celeba"))
+    assert "frontier" not in pairs.named(other, args)
 
 
 def test_faces_are_cropped_and_scaled_by_lanczos(tmp_path):
@@ -250,7 +348,12 @@ def test_the_command_measures_what_is_missing_and_nothing_else(tmp_path, monkeyp
     (tmp_path / "detection/b.json").unlink()
     detection.main()
     assert measured == ["a", "b", "b"] and (tmp_path / "detection.md").read_text() == detection.page(tmp_path)
-    assert (tmp_path / "detection.png").exists() == plots.available()
+    assert (tmp_path / "detection.png").exists() == plots.available() and not (tmp_path / "frontier.png").exists()
+    known = made_up("cifar10", ("svhn", "celeba"), frontier=FRONTIER)
+    known["sets"]["test"] = {"n": 30, "notes": []}
+    (tmp_path / "detection/b.json").write_text(json.dumps(known))
+    detection.main()
+    assert (tmp_path / "frontier.png").exists() == plots.available()
 
     def missing():
         raise UserError("pip install pyod")

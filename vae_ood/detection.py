@@ -4,9 +4,9 @@ published figures.
     python -m vae_ood.detection --data-root DIR
 
 What was measured is kept in results/detection/, one file a run (vae_ood/pairs.py). A file that is not there is made:
-by run.py, where the checkpoint is not there either, and eval.py. With all of them there, the page and its picture alone
-are written, from them and nothing else. After a change of a score, delete those files and the folders detection* of the
-runs. The files pyod_* need `pip install pyod`.
+by run.py, where the checkpoint is not there either, and eval.py. With all of them there, the page and its pictures
+alone are written, from them and nothing else. After a change of a score, delete those files and the folders detection*
+of the runs. The files pyod_* need `pip install pyod`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from vae_ood import checkpoint, contenders, plots
+from vae_ood import checkpoint, contenders, dots, frontier, plots
 from vae_ood.cli import Parser, make_folder, one_line_errors
 from vae_ood.data.synthetic import CORRUPTIONS
 from vae_ood.member import FIT_IMAGES
@@ -175,6 +175,7 @@ def at_a_glance(found):
                    "FPR95", f"flagged at {100 * RATE:g}%"], rows), "",
         "![`default` against the best control, a dot a pair](detection.png)", "",
         "A dot above the line: `default` is better than the best control. Hollow: development.", "",
+        *frontier.lines(found["named"]),
         "## How to read it", "", *map("- {}".format, GLOSSARY), ""]
 
 
@@ -321,9 +322,11 @@ def main():
     checkpoint.write_atomic(RESULTS / "detection.md", page(RESULTS).encode())
     if plots.available():
         found = read(RESULTS / "detection")
-        plots.versus(RESULTS / "detection.png", [
+        dots.versus(RESULTS / "detection.png", [
             (pair.inliers, pair.outliers, pair.mean(pair.best(True)), pair.mean("default"), pair.development)
             for pair in named_pairs(found) + class_pairs(found)], "AUROC of the best control", "AUROC of default")
+        if run := frontier.run_of(found["named"]):
+            frontier.draw(RESULTS / "frontier.png", run["frontier"])
     print(f"written to {RESULTS / 'detection.md'}")
 
 

@@ -2,8 +2,8 @@
 
 `args` are the command's: `runs`, the folder of the runs, and `data_root`. What is measured is a dict: data, seed,
 commands, sets {name: {n, notes}}, scores {score: {outliers: `detection`}}, and flagged {outliers: [the share of the
-inliers, of the outliers, that `default` flags at a false-alarm rate of RATE]}. Of PyOD: data, pyod (its version),
-fit_images, scores.
+inliers, of the outliers, that `default` flags at a false-alarm rate of RATE]}; of one run also frontier
+(vae_ood/frontier.py). Of PyOD: data, pyod (its version), fit_images, scores.
 """
 
 import csv
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vae_ood import UserError, contenders, pictures
+from vae_ood import UserError, contenders, frontier, pictures
 from vae_ood.data import PAIRS, default_root, load
 from vae_ood.data.official import celeba_pictures, cifar10_records
 from vae_ood.data.own import to_pixels
@@ -93,21 +93,32 @@ def named(run, args):
         numbers["scores"] |= {score: {Path(name).stem: row for name, row in rows.items()}
                               for score, rows in metrics["scores"].items()}
         numbers.setdefault("fit_images", metrics["fit_images"])
-    return numbers | {"flagged": flagged(evaluation(run, args.runs, ())[0] / "scores.csv")}
+    calibrate, count = halves(evaluation(run, args.runs, ())[0] / "scores.csv")
+    numbers["flagged"] = flagged(calibrate, count)
+    return numbers | ({"frontier": frontier.measured(calibrate, count)} if run == RUNS["cifar10"] else {})
 
 
-def flagged(path):
-    """What `default` flags by a table of scores: every other test image calibrates, and the others are counted."""
-    of = {}
+def halves(path):
+    """A table of scores as {score: [n]} of every other test image, which calibrate, and {set: {score: [m]}} of the
+    other test images and of the outliers, which are counted."""
+    columns = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            of.setdefault(Path(row["set"]).stem, []).append(float(row["default"]))
-    calibrate, count = of["test"][::2], of["test"][1::2]
+            of = columns.setdefault(Path(row["set"]).stem, {})
+            for score in row.keys() - {"set", "index"}:
+                of.setdefault(score, []).append(float(row[score]))
+    of = {name: {score: np.array(values) for score, values in scores.items()} for name, scores in columns.items()
+          if name != "train"}
+    return ({score: values[::2] for score, values in of["test"].items()},
+            of | {"test": {score: values[1::2] for score, values in of["test"].items()}})
 
-    def share(scores):
-        p = conformal_p_values((np.array(calibrate), np.arange(len(calibrate)), np.array(scores)))
-        return float((p <= RATE + 1e-9).mean())
-    return {name: [share(count), share(scores)] for name, scores in of.items() if name not in ("train", "test")}
+
+def flagged(calibrate, count):
+    """What `default` flags of the inliers, and of the outliers of each set."""
+    inliers = calibrate["default"], np.arange(len(calibrate["default"]))
+    share = {name: float((conformal_p_values((*inliers, scores["default"])) <= RATE + 1e-9).mean())
+             for name, scores in count.items()}
+    return {name: [share["test"], one] for name, one in share.items() if name != "test"}
 
 
 def faces(args):
