@@ -81,9 +81,14 @@ class VAE(nn.Module):
         for conv in self.encoder:
             h = F.leaky_relu(conv(h), 0.2, inplace=True)
         h = h.flatten(1)
-        # Far from the data the linear head extrapolates: past e^10 (the optimum never exceeds about 1) sigma would
-        # soon overflow and an extreme outlier's score be NaN.
-        return self.mu(h), self.log_sigma(h).clamp(max=10)
+        mu, log_sigma = self.mu(h), self.log_sigma(h)
+        if self.training:
+            # The optimum never exceeds about 0. A step that overshoots must neither blow the KL up by e^(2 log sigma)
+            # nor lose the gradient that leads back, or the run is dead from then on.
+            return mu, log_sigma - (log_sigma - 2).clamp(min=0).detach()
+        # Far from the data the linear head extrapolates: past e^10 sigma would soon overflow and an extreme outlier's
+        # score be NaN.
+        return mu, log_sigma.clamp(max=10)
 
     def decode(self, z):
         """z [B, kappa] -> the logits of the mean of p(x|z), [B, C, H, W]."""
