@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,8 +43,21 @@ def test_pixels_are_divided_by_255():
     torch.testing.assert_close(model.encode(pixels), model.encode(pixels / 255), rtol=0, atol=0)
 
 
+def test_a_step_that_overshoots_log_sigma_finds_back():
+    """In training its value is bounded, its gradient is not lost; below the bound nothing changes."""
+    model, x = VAE((1, 8, 8), 0.1, 3), torch.rand(2, 1, 8, 8)
+    _, before = model.encode(x)
+    torch.testing.assert_close(before, model.eval().encode(x)[1], rtol=0, atol=0)
+    with torch.no_grad():
+        model.log_sigma.bias.fill_(500)
+    _, log_sigma = model.train().encode(x)
+    assert (log_sigma == 2).all() and (model.eval().encode(x)[1] == 10).all()
+    log_sigma.exp().square().sum().backward()
+    torch.testing.assert_close(model.log_sigma.bias.grad, torch.full((3,), 4 * math.exp(4)))
+
+
 def test_extreme_images_keep_finite_likelihoods():
-    model = VAE((1, 8, 8), 0.1, 2)
+    model = VAE((1, 8, 8), 0.1, 2).eval()
     with torch.no_grad():
         model.log_sigma.bias.fill_(500)
     mu, log_sigma = model.encode(torch.rand(1, 1, 8, 8))
