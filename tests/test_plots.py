@@ -24,7 +24,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 drawn = pytest.mark.skipif(not plots.available(), reason="needs matplotlib")
 
 
-def rows_of(n, shape=(16, 12, 3), parts=("residual_spectrum", "latents")):
+def rows_of(n, shape=(16, 12, 3), parts=("texture", "layout")):
     """Rows as the command makes them, the most outlying first; their likeness is in no order."""
     rng, found = np.random.default_rng(0), []
     for i in range(n):
@@ -40,7 +40,7 @@ def rows_of(n, shape=(16, 12, 3), parts=("residual_spectrum", "latents")):
 
 @drawn
 @pytest.mark.parametrize(("n", "shape", "parts"), [
-    (40, (64, 48, 3), ("joint", "latents")), (19, (32, 32, 1), ()), (3, (28, 28, 1), ("joint",)), (1, (1, 9, 3), ())])
+    (40, (64, 48, 3), ("joint", "layout")), (19, (32, 32, 1), ()), (3, (28, 28, 1), ("joint",)), (1, (1, 9, 3), ())])
 def test_the_figure_shows_pictures_of_any_shape_and_name(tmp_path, n, shape, parts):
     rows = rows_of(n, shape, parts)
     with warnings.catch_warnings():
@@ -115,7 +115,7 @@ def test_the_report_is_one_well_formed_page_that_escapes_all_it_is_told(tmp_path
     assert [text for _, text in page.all("strong")] == ["outlier"] * 2  # in words, not by colour alone
     assert not [found for _, found, _ in page.elements if {"href", "onclick", "style"} & set(found)]
     assert [found["data-key"] for found, _ in page.all("th") if "data-key" in found] == [
-        "name", "p_value", "score", "p_residual_spectrum", "p_latents", "likeness"]
+        "name", "p_value", "score", "p_texture", "p_layout", "likeness"]
     assert len(page.all("button", type="button")) == 6
     policy, = (found["content"] for found, _ in page.all("meta") if "http-equiv" in found)
     assert policy.startswith("default-src 'none'; img-src data:; ") and "unsafe" not in policy
@@ -182,11 +182,11 @@ def keys_of(page, key):
 def test_the_address_sorts_the_report_under_its_own_policy(tmp_path, browse):
     rows, path = rows_of(12), tmp_path / "report.html"
     plots.report(path, rows, "t", [])
-    likeness, latents = [row["likeness"] for row in rows], [row["components"]["latents"] for row in rows]
+    likeness, layout = [row["likeness"] for row in rows], [row["components"]["layout"] for row in rows]
     assert keys_of(browse(path), "p_value") == ([row["p_value"] for row in rows], {"p_value": "ascending"})
     assert keys_of(browse(path, "#sort=likeness"), "likeness") == (sorted(likeness), {"likeness": "ascending"})
-    assert keys_of(browse(path, "#sort=-p_latents"), "p_latents") == (
-        sorted(latents)[::-1], {"p_latents": "descending"})
+    assert keys_of(browse(path, "#sort=-p_layout"), "p_layout") == (
+        sorted(layout)[::-1], {"p_layout": "descending"})
     assert keys_of(browse(path, "#sort=nothing"), "score")[0] == [row["score"] for row in rows]
     names = names_of(browse(path, "#sort=name"))
     assert names.index("part_2.png") < names.index("part_10.png") and len(names) == 12  # numbers count as numbers
