@@ -20,7 +20,7 @@ from vae_ood.pca import Components, Mahalanobis, Neighbour, Residual
 
 # The components of `default`, and each one's share of the false alarms: an outlier stands out least by its layout, and
 # a component that sees its outliers far beyond all inliers needs but a small share.
-COMPONENTS = {"layout": 0.6, "texture": 0.1, "edges": 0.1, "joint": 0.1, "contrast": 0.05, "noise": 0.05}
+COMPONENTS = {"layout": 0.6, "texture": 0.1, "noise": 0.1, "joint": 0.1, "edges": 0.05, "contrast": 0.05}
 PATCHES = "image_patches"  # another component, where it holds, beside which the others together count a THIRD
 THIRD = 1 / 3
 
