@@ -329,7 +329,7 @@ def test_regret_in_batches_is_faster_than_the_published_procedure(alpha, least, 
 
 def test_every_score_takes_any_images():
     torch.manual_seed(0)
-    for shape, kappa, n in (((3, 12, 10), 4, 30), ((1, 8, 8), 1, 5), ((1, 8, 8), 1, 2)):
+    for shape, kappa, n in (((3, 12, 10), 4, 30), ((1, 8, 8), 1, 5), ((1, 8, 8), 1, 2), ((1, 1, 1), 1, 20)):
         model = VAE(shape, 0.05, kappa, 0.1).eval()
         train, some = (Features(model, random_images(m, shape, m), lambda m=m: {
             "nll": np.arange(m, dtype=float), "iw_nll": np.arange(m) / 2}) for m in (n, 4))
