@@ -245,8 +245,8 @@ def residuals(model, images):
 
 
 def _gather(parts):
-    """Lists of tensors as float64 arrays."""
-    return {name: torch.cat(list(values)).cpu().double().numpy() for name, values in parts.items()}
+    """Lists of tensors as arrays: float32, as `layout` of many tiles takes gigabytes."""
+    return {name: torch.cat(list(values)).cpu().numpy() for name, values in parts.items()}
 
 
 ENCODED = ("mu", "log_sigma", "path", "residual_spectrum", "residual_regions", "residual_fine")
