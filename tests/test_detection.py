@@ -334,6 +334,25 @@ def test_tiles_are_judged_in_two_parts(tmp_path, monkeypatch):
     assert [len(part) for part in seen[0][1]["blowholes_breaks"]] == [2, 1]
 
 
+def test_the_commands_of_tiles_name_no_folder_of_this_machine(tmp_path, monkeypatch):
+    """Nor with the default --runs, which the page's commands name too."""
+    ran, run = [], Path("runs/magnetic_tile_s1")
+    monkeypatch.chdir(tmp_path)
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"alpha": 0.25, "kappa": 32, "iters": 3000, "seed": 1}))
+    (run / "log.jsonl").write_text('{"images_per_second": 640}\n')
+    (run / "groups.csv").write_text("file,group,part\na,0,train\nb,1,test\n")
+    monkeypatch.setattr(pairs, "execute", lambda arguments, data_root: ran.append(arguments))
+    monkeypatch.setattr(pairs, "judged", lambda path, against: {"judged": str(path)})
+    monkeypatch.setattr(pairs, "tile_parts", lambda args: {})
+    numbers = pairs.tiles(1, Namespace(runs="runs", data_root="data"))
+    assert [arguments[0] for arguments in ran] == ["run.py", "eval.py"]
+    assert ran[0][2] == str(tmp_path / "data/magnetic_tile/good/train")
+    assert numbers["commands"][0].startswith("python run.py --data magnetic_tile/good/train --group-by folder ")
+    assert str(tmp_path) not in json.dumps(numbers) and numbers["judged"] == str(run / "detector.pt")
+    assert (numbers["data"], numbers["train_images"], numbers["minutes"]) == ("magnetic_tile", 1, 5)
+
+
 def test_the_command_measures_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
     measured, arguments = [], ["detection", "--runs", str(tmp_path / "runs")]
 

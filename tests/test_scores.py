@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.distributions import MultivariateNormal
 
 from tests.test_likelihood import LinearVAE
-from vae_ood import features, scores
+from vae_ood import features, pca, scores
 from vae_ood.data.images import to_unit
 from vae_ood.densities import Gaussian, Halves, Mixture, Projected, Tail
 from vae_ood.features import Features, Part
@@ -255,8 +255,19 @@ def test_principal_components_match_scikit_learn():
         np.testing.assert_allclose(score(some), expected, rtol=0.05 if name == "pca_residual" else 0.01,
                                    err_msg=name)  # the least components are found roughly
         np.testing.assert_array_equal(SCORES[name].restore(score.state_dict())(some), score(some))
+        assert all(value.untyped_storage().nbytes() == value.nbytes for value in score.state_dict().values())  # saved
         torch.manual_seed(7)  # the projection's randomness is its own
         np.testing.assert_array_equal(SCORES[name].fit(train)(some), score(some))
+
+
+def test_large_pictures_are_scaled_down_few_at_once(monkeypatch):
+    images = random_images(20, (1, 40, 50))
+    whole, seen, scaled_down = SCORES["knn"].fit(Made(images=images))(Made(images=images)), [], pca.scaled_down
+    monkeypatch.setattr(pca, "PIXELS", 7 * 40 * 50)
+    monkeypatch.setattr(pca, "scaled_down", lambda x: seen.append(len(x)) or scaled_down(x))
+    parts = SCORES["knn"].fit(Made(images=images))(Made(images=images))
+    assert seen == [7, 7, 6] * 2
+    np.testing.assert_allclose(parts, whole, rtol=1e-3)
 
 
 def test_likelihood_path_is_ecod():
@@ -318,7 +329,7 @@ def test_regret_in_batches_is_faster_than_the_published_procedure(alpha, least, 
 
 def test_every_score_takes_any_images():
     torch.manual_seed(0)
-    for shape, kappa, n in (((3, 12, 10), 4, 30), ((1, 8, 8), 1, 5), ((1, 8, 8), 1, 2)):
+    for shape, kappa, n in (((3, 12, 10), 4, 30), ((1, 8, 8), 1, 5), ((1, 8, 8), 1, 2), ((1, 1, 1), 1, 20)):
         model = VAE(shape, 0.05, kappa, 0.1).eval()
         train, some = (Features(model, random_images(m, shape, m), lambda m=m: {
             "nll": np.arange(m, dtype=float), "iw_nll": np.arange(m) / 2}) for m in (n, 4))

@@ -137,7 +137,8 @@ class Projected(Mixture):
         return cls(centre=centre, spread=spread, directions=directions, **mixture.state_dict())
 
     def forward(self, x):
-        projected = (x[:, :LAYOUT] - self.centre) / self.spread @ self.directions
+        projected = torch.cat([(part - self.centre) / self.spread @ self.directions
+                               for part in x[:, :LAYOUT].split(10_000)])  # bounded copies
         return super().forward(torch.cat([projected, x[:, LAYOUT:]], 1))
 
 

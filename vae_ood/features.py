@@ -1,4 +1,4 @@
-"""What the scores read of images: norms, spectra, regions, codes, and what a model says of them.
+"""What the scores read of images: norms, spectra, regions, layout, edges, codes, and what a model says of them.
 
 The first part are pure functions of tensors; `Features` computes them and the model's statistics by name.
 """
@@ -169,8 +169,9 @@ class Features:
     training images perhaps for the first ones alone. mu, log_sigma [N, kappa].
     path [N, 3]: log norms of the residual x - mu_x(mu_z), of mu_z and of sigma_z. residual_spectrum, image_spectrum
     [N, bands x colours]: `band_log_energies`. residual_regions, image_regions, and residual_fine, of the high-passed
-    residual [N, 7 x colours]: `region_log_energies`. pixels [N, 2]: mean, log variance. code_bits [N]. regret [N],
-    nats.
+    residual [N, 7 x colours]: `region_log_energies`. layout [N, LAYOUT]: `layout_log_energies`. edges [N, 4]:
+    `edge_log_ratios`. cells [N, 320]: `cell_log_energies`. pixels [N, 2]: mean, log variance. contrast [N]: the log of
+    the largest less the smallest value. code_bits [N]. regret [N], nats.
     """
 
     def __init__(self, model, images, likelihoods, groups=None, dequantized=None, tiles=1):
@@ -244,8 +245,8 @@ def residuals(model, images):
 
 
 def _gather(parts):
-    """Lists of tensors as float64 arrays."""
-    return {name: torch.cat(list(values)).cpu().double().numpy() for name, values in parts.items()}
+    """Lists of tensors as arrays: float32, as `layout` of many tiles takes gigabytes."""
+    return {name: torch.cat(list(values)).cpu().numpy() for name, values in parts.items()}
 
 
 ENCODED = ("mu", "log_sigma", "path", "residual_spectrum", "residual_regions", "residual_fine")
@@ -277,7 +278,8 @@ def _of_pixels(model, images, _):
     for x in _batches(model, images):
         colours, flat = opponent(x), x.contiguous().flatten(1)
         mean = flat.mean(1)
-        variance = (flat - mean[:, None]).square().sum(1) / (flat.shape[1] - 1)  # torch's own takes three times as long
+        # torch's own variance takes three times as long
+        variance = (flat - mean[:, None]).square().sum(1) / max(1, flat.shape[1] - 1)
         for name, value in zip(OF_PIXELS, (
                 band_log_energies(colours), region_log_energies(colours), layout_log_energies(x),
                 edge_log_ratios(colours), torch.stack([mean, (variance + QUANTISATION).log()], 1),

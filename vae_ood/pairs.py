@@ -149,9 +149,9 @@ def judged(path, against):
 
 
 def by_detector(commands, args, against):
-    """`judged`, of a run that `commands`, a function of the folder of the runs, trains and fits: (the run's folder, the
-    arguments of each command)."""
-    run, arguments = commands(args.runs)
+    """`judged`, of a run that is trained and fitted by `commands`, a function of the folders of the runs and of the
+    official files, which gives (the run's folder, the arguments of each command)."""
+    run, arguments = commands(args.runs, root(args).resolve())
     for some in arguments:
         execute(some, args.data_root)
     config = json.loads((run / "config.json").read_text())
@@ -160,7 +160,7 @@ def by_detector(commands, args, against):
         trained = sum(row["part"] == "train" for row in csv.DictReader(file))
     seconds = config["iters"] * BATCH / statistics.median(line["images_per_second"] for line in lines)
     return {key: config[key] for key in ("alpha", "kappa", "iters", "seed")} | {
-        "commands": [f"python {shlex.join(some)}" for some in commands("runs")[1]], "minutes": seconds / 60,
+        "commands": [f"python {shlex.join(some)}" for some in commands("runs", Path())[1]], "minutes": seconds / 60,
         "train_images": trained} | judged(run / "detector.pt", against)
 
 
@@ -179,12 +179,10 @@ def tile_parts(args):
 
 def tiles(seed, args):
     """What the scores measure of magnetic tiles that no model saw, and of those with defects."""
-    data = str(Path(root(args), TILES, "good/train").resolve())
-
-    def commands(runs):
+    def commands(runs, data_root):
         run = Path(runs, f"{TILES}_s{seed}")
-        return run, [["run.py", "--data", data if runs == args.runs else f"{TILES}/good/train", *pictures.FLAGS,
-                      "--seed", str(seed), "--resume", "--out", str(run)], fitting(run)]
+        return run, [["run.py", "--data", str(data_root / TILES / "good/train"), *pictures.FLAGS, "--seed", str(seed),
+                      "--resume", "--out", str(run)], fitting(run)]
     return {"data": TILES} | by_detector(commands, args, tile_parts(args))
 
 
@@ -208,7 +206,7 @@ def without(data, one, args):
     for name, pixels in parts.items():
         np.save(folder / f"{name}.npy", pixels)
 
-    def commands(runs):
+    def commands(runs, _):
         place = Path(runs, "classes", folder.name)
         return place / "run", [["run.py", "--data", str(place / "train.npy"), *CLASS_FLAGS, "--seed", "0", "--resume",
                                 "--out", str(place / "run")], fitting(place / "run")]

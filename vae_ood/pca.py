@@ -1,5 +1,7 @@
 """Controls without a VAE that people try first: principal components of the pixels."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -8,14 +10,19 @@ from vae_ood.features import of_pictures, scaled_down
 from vae_ood.likelihood import exact_convolutions
 from vae_ood.parallel import from_first, spread
 
-AT_ONCE = 500  # pictures that are read at once
+AT_ONCE, PIXELS = 500, 2**26  # pictures that are read at once, and bytes of them, at most
 NEIGHBOUR = 5  # of the training pictures, the distance to which counts
+
+
+def in_parts(images):
+    """The images, a tensor or what gives tensors, in tensors of as many as are read at once."""
+    return images.split(max(1, min(AT_ONCE, PIXELS // math.prod(images.shape[1:]))))
 
 
 @exact_convolutions
 def pixels(images, device):
     """uint8 [N, C, H, W], a tensor or what gives tensors -> rows in [0, 1], float32, of pictures of SIDE at most."""
-    return torch.cat([scaled_down(part.to(device).float() / 255).flatten(1) for part in images.split(AT_ONCE)])
+    return torch.cat([scaled_down(part.to(device).float() / 255).flatten(1) for part in in_parts(images)])
 
 
 class Components(torch.nn.Module):
@@ -36,11 +43,11 @@ class Components(torch.nn.Module):
         def fitted():
             x = pixels(train["images"], train.device)
             mean = x.mean(0)
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(range(torch.cuda.device_count())):  # named, or several make it warn
                 torch.manual_seed(0)  # of the random projection
                 k = min(cls.MOST, *x.shape)
                 _, _, directions = torch.pca_lowrank(x, min(k + 10, *x.shape), niter=4)
-            directions = directions[:, :k]
+            directions = directions[:, :k].contiguous()
             known = cls.kept((x - mean) @ directions)
             return {"mean": mean.cpu(), "directions": directions.cpu(), "known": known.cpu()}
         return cls(**from_first(fitted))
@@ -53,7 +60,7 @@ class Components(torch.nn.Module):
     @staticmethod
     def kept(projected):
         """What is kept of the training pictures in the components [N, K]: nothing."""
-        return projected[:0]
+        return projected[:0].clone()  # a view would be saved with all that it is a part of
 
     def forward(self, features):
         """float64 [N]; a picture in tiles is as far out as the farthest."""
@@ -65,7 +72,7 @@ class Components(torch.nn.Module):
         """[N] of images, a tensor or what gives tensors."""
         mean, directions, known = (values.to(device) for values in (self.mean, self.directions, self.known))
         found = []
-        for part in images.split(AT_ONCE):
+        for part in in_parts(images):
             x = pixels(part, device) - mean
             found.append(self.distance(x, directions, known).double().cpu().numpy())
         return np.concatenate(found or [np.zeros(0)])
