@@ -130,9 +130,14 @@ class Projected(Mixture):
         many, rest = x[:, :LAYOUT], x[:, LAYOUT:]
         centre, spread = many.mean(0), many.std(0, correction=0) + 1e-6
         z = (many - centre) / spread
-        variance, directions = torch.linalg.eigh(z.T @ z / len(z))
         k = min(cls.MOST, max(1, len(x) // 8))
-        directions = directions[:, -k:] / (variance[-k:].clamp(min=0).sqrt() + 1e-6)
+        if len(x) < LAYOUT:  # by far the faster way for few rows
+            _, singular, directions = torch.linalg.svd(z, full_matrices=False)
+            deviation, directions = singular[:k] / math.sqrt(len(x)), directions[:k].T
+        else:
+            variance, directions = torch.linalg.eigh(z.T @ z / len(x))
+            deviation, directions = variance[-k:].clamp(min=0).sqrt(), directions[:, -k:]
+        directions = directions / (deviation + 1e-6)
         mixture = super().fit(torch.cat([z @ directions, rest], 1))
         return cls(centre=centre, spread=spread, directions=directions, **mixture.state_dict())
 

@@ -21,8 +21,8 @@ from vae_ood.pca import Components, Mahalanobis, Neighbour, Residual
 # The components of `default`, and each one's share of the false alarms: an outlier stands out least by its layout, and
 # a component that sees its outliers far beyond all inliers needs but a small share.
 COMPONENTS = {"layout": 0.6, "texture": 0.1, "noise": 0.1, "joint": 0.1, "edges": 0.05, "contrast": 0.05}
-PATCHES = "image_patches"  # another component, where it holds, beside which the others together count a THIRD
-THIRD = 1 / 3
+PATCHES = "image_patches"  # another component, where it holds, beside which the others together count a QUARTER
+QUARTER = 1 / 4
 
 
 def read(features, names):
@@ -82,7 +82,7 @@ class Combined(torch.nn.Module):
         surprises = self.surprises(parts)
         score = torch.stack([surprises[component] + math.log(share) for component, share in COMPONENTS.items()]).amax(0)
         if PATCHES in parts:
-            score = torch.maximum(THIRD * score, surprises[PATCHES])
+            score = torch.maximum(QUARTER * score, surprises[PATCHES])
         return {name: score.numpy()} | {f"{name}.{component}": part for component, part in parts.items()}
 
     def surprises(self, parts):
@@ -141,7 +141,7 @@ SCORES = {
         """The score to use without thinking: the largest of its COMPONENTS' surprises -log p, each plus the log of its
         share of the false alarms: minus the log of the smallest weighted p (doi 10.1093/biomet/93.3.509). p comes from
         images that the components were not fitted to (`Score.fit`). Where the training images show the same place by
-        place, as those of parts do (`Scale.holds`), it is the larger of a third of that and the patches' surprise.
+        place, as those of parts do (`Scale.holds`), it is the larger of a quarter of that and the patches' surprise.
 
         Equal shares dilute what one component sees: each must stand out from the false alarms of all. It is not a
         p-value itself: eval.py calibrates it on inliers that it has not seen, which keeps the false-alarm rate.""",
