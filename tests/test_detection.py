@@ -16,7 +16,9 @@ from sklearn.metrics import roc_auc_score
 
 from tests.conftest import ROOT
 from tests.test_reproduce import write_run
-from vae_ood import UserError, contenders, detection, dots, frontier, pairs, plots
+from vae_ood import UserError, plots
+from vae_ood.detection import __main__ as command
+from vae_ood.detection import contenders, dots, frontier, pages, pairs
 from vae_ood.scores import COMPONENTS, CONTROLS, SCORES
 
 RESULTS = ROOT / "results"
@@ -29,14 +31,14 @@ def headline(text, inliers, outliers):
 
 
 def test_the_page_says_what_the_json_files_say():
-    assert (RESULTS / "detection.md").read_text() == detection.page(RESULTS), "run python -m vae_ood.detection"
+    assert (RESULTS / "detection.md").read_text() == pages.page(RESULTS), "run python -m vae_ood.detection"
     kept = {path.stem for path in (RESULTS / "detection").glob("*.json")}
     assert kept <= set(pairs.kept()) and (RESULTS / "detection.png").exists()
 
 
 def test_the_readme_quotes_the_page():
     """Every row of its table of results: AUROC, FPR95, the best control and the best other score."""
-    text = detection.page(RESULTS)
+    text = pages.page(RESULTS)
     rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d[^|]*) \| ([\d.]+) \| `(.*?)` ([\d.]+) \| `(.*?)` ([\d.]+) \|",
                       (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(rows) > 9
@@ -60,7 +62,7 @@ def written(folder, *runs):
     (folder / "detection").mkdir()
     for i, run in enumerate(runs):
         (folder / "detection" / f"{i}.json").write_text(json.dumps(run))
-    return detection.page(folder)
+    return pages.page(folder)
 
 
 def test_a_changed_number_changes_the_page_and_its_verdicts(tmp_path):
@@ -70,7 +72,7 @@ def test_a_changed_number_changes_the_page_and_its_verdicts(tmp_path):
         numbers["scores"]["default"]["svhn"]["auroc"] = 0.1234
         numbers["scores"][CONTROLS[0]]["svhn"]["auroc"] = 0.9999
         path.write_text(json.dumps(numbers))
-    text = detection.page(tmp_path)
+    text = pages.page(tmp_path)
     cells = headline(text, "cifar10", "svhn")
     assert cells[3].startswith("0.1234") and cells[4] == "0.99: NOT reached"
     assert cells[5] == f"{CONTROLS[0]} 0.9999" and cells[7] == "BEHIND by 0.8765"
@@ -105,7 +107,7 @@ def test_a_page_of_every_kind_of_pair(tmp_path):
     (0.95, 0.96, 0.5, "BEHIND by 0.0100"), (0.95, 0.5, 0.96, "BEHIND by 0.0100"), (0.95, 0.955, 0.9, "level"),
     (0.96, 0.95, 0.9, "ahead"), (0.7, 0.85, 0.6, "behind by 0.1500"), (0.85, 0.9, 0.6, "BEHIND by 0.0500")])
 def test_the_verdict_is_about_the_best_of_controls_and_scores(default, control, single, verdict):
-    pair = detection.Pair("a", "b", False, {"default": [default], CONTROLS[0]: [control], "nll": [single]}, [0.1], [])
+    pair = pages.Pair("a", "b", False, {"default": [default], CONTROLS[0]: [control], "nll": [single]}, [0.1], [])
     assert pair.verdict() == verdict and bool(pair.behind()) == verdict.startswith("BEHIND")
 
 
@@ -359,26 +361,26 @@ def test_the_command_measures_what_is_missing_and_nothing_else(tmp_path, monkeyp
     def measure(name, args):
         measured.append(name)
         return made_up(pairs.TILES, pairs.TILE_OUTLIERS)
-    monkeypatch.setattr(detection, "RESULTS", tmp_path)
-    monkeypatch.setattr(detection, "kept", lambda: {name: partial(measure, name) for name in ("a", "b")})
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "kept", lambda: {name: partial(measure, name) for name in ("a", "b")})
     monkeypatch.setattr("sys.argv", arguments)
-    detection.main()
+    command.main()
     (tmp_path / "detection/b.json").unlink()
-    detection.main()
-    assert measured == ["a", "b", "b"] and (tmp_path / "detection.md").read_text() == detection.page(tmp_path)
+    command.main()
+    assert measured == ["a", "b", "b"] and (tmp_path / "detection.md").read_text() == pages.page(tmp_path)
     assert (tmp_path / "detection.png").exists() == plots.available() and not (tmp_path / "frontier.png").exists()
     known = made_up("cifar10", ("svhn", "celeba"), frontier=FRONTIER)
     known["sets"]["test"] = {"n": 30, "notes": []}
     (tmp_path / "detection/b.json").write_text(json.dumps(known))
-    detection.main()
+    command.main()
     assert (tmp_path / "frontier.png").exists() == plots.available()
 
     def missing():
         raise UserError("pip install pyod")
     monkeypatch.setattr(contenders, "methods", missing)
-    monkeypatch.setattr(detection, "kept", lambda: {name: partial(measure, name) for name in ("c", "pyod_d")})
+    monkeypatch.setattr(command, "kept", lambda: {name: partial(measure, name) for name in ("c", "pyod_d")})
     with pytest.raises(UserError, match="pip install pyod"):
-        detection.main()
+        command.main()
     assert measured == ["a", "b", "b"]  # it is told before anything else takes its time
 
 

@@ -25,7 +25,7 @@ def pixels(images, device):
     return torch.cat([scaled_down(part.to(device).float() / 255).flatten(1) for part in in_parts(images)])
 
 
-class Components(torch.nn.Module):
+class Principal(torch.nn.Module):
     """Scores by the principal components of the training pictures. Buffers: mean [D], directions [D, K], known [M, K]:
     the training pictures in them."""
 
@@ -82,7 +82,7 @@ class Components(torch.nn.Module):
         return {name: self(features)}
 
 
-class Mahalanobis(Components):
+class Mahalanobis(Principal):
     """The squared Mahalanobis distance in the first 32 components."""
 
     MOST = 32
@@ -98,7 +98,7 @@ class Mahalanobis(Components):
         return (x @ directions / known).square().sum(1)
 
 
-class Residual(Components):
+class Residual(Principal):
     """The squared distance from what the first 100 components can show."""
 
     @staticmethod
@@ -107,7 +107,7 @@ class Residual(Components):
         return (x - x @ directions @ directions.T).square().sum(1)
 
 
-class Neighbour(Components):
+class Neighbour(Principal):
     """The distance to the NEIGHBOUR-th nearest training picture among the first 64 components."""
 
     MOST = 64

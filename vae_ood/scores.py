@@ -16,7 +16,7 @@ from vae_ood.densities import ECOD, Gaussian, Halves, Mixture, Projected, Tail, 
 from vae_ood.features import Part, of_pictures
 from vae_ood.parallel import from_first
 from vae_ood.patches import LEAST, Patches
-from vae_ood.pca import Components, Mahalanobis, Neighbour, Residual
+from vae_ood.pca import Mahalanobis, Neighbour, Principal, Residual
 
 # The components of `default`, and each one's share of the false alarms: an outlier stands out least by its layout, and
 # a component that sees its outliers far beyond all inliers needs but a small share.
@@ -111,7 +111,7 @@ class Score:
         """The function from images' features to their scores [N], float64, fitted to training images' features. What
         is judged by images that it was not fitted to takes those of `unseen`, to which the model was not fitted
         either; where these are too few, a fifth of the training images."""
-        if isinstance(self.by, type) and issubclass(self.by, Components):
+        if isinstance(self.by, type) and issubclass(self.by, Principal):
             return self.by.fit(train)
         if self.by in (Combined, Patches):
             if unseen is None or len(unseen["groups"]) < LEAST:

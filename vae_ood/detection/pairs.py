@@ -3,7 +3,7 @@
 `args` are the command's: `runs`, the folder of the runs, and `data_root`. What is measured is a dict: data, seed,
 commands, sets {name: {n, notes}}, scores {score: {outliers: `detection`}}, and flagged {outliers: [the share of the
 inliers, of the outliers, that `default` flags at a false-alarm rate of RATE]}; of one run also frontier
-(vae_ood/frontier.py). Of PyOD: data, pyod (its version), fit_images, scores.
+(vae_ood/detection/frontier.py). Of PyOD: data, pyod (its version), fit_images, scores.
 """
 
 import csv
@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vae_ood import UserError, contenders, frontier, pictures
+from vae_ood import UserError, pictures
 from vae_ood.data import PAIRS, default_root, load
 from vae_ood.data.official import celeba_pictures, cifar10_records
 from vae_ood.data.own import to_pixels
 from vae_ood.data.synthetic import CORRUPTIONS, corrupt
+from vae_ood.detection import contenders, frontier
 from vae_ood.detector import Detector
 from vae_ood.evaluation import EVALUATED
 from vae_ood.metrics import conformal_p_values, detection

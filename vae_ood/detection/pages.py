@@ -1,25 +1,12 @@
-"""results/detection.md: every score against every outlier set, over seeds, beside the controls, other tools, and
-published figures.
+"""The page results/detection.md, from the JSON files in results/detection/."""
 
-    python -m vae_ood.detection --data-root DIR
-
-What was measured is kept in results/detection/, one file a run (vae_ood/pairs.py). A file that is not there is made:
-by run.py, where the checkpoint is not there either, and eval.py. With all of them there, the page and its pictures
-alone are written, from them and nothing else. After a change of a score, delete those files and the folders detection*
-of the runs. The files pyod_* need `pip install pyod`.
-"""
-
-import argparse
 import json
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
-from vae_ood import checkpoint, contenders, dots, frontier, plots
-from vae_ood.cli import Parser, make_folder, one_line_errors
 from vae_ood.data.synthetic import CORRUPTIONS
-from vae_ood.member import FIT_IMAGES
-from vae_ood.pairs import (
+from vae_ood.detection import contenders, frontier
+from vae_ood.detection.pairs import (
     CLASS_OUTLIERS,
     CLASSES,
     LANCZOS,
@@ -28,13 +15,12 @@ from vae_ood.pairs import (
     REGRET_IMAGES,
     TILE_OUTLIERS,
     TILES,
-    kept,
 )
+from vae_ood.member import FIT_IMAGES
 from vae_ood.plots import markdown
 from vae_ood.reproduce.pages import INTERVAL, cell
 from vae_ood.scores import CONTROLS, SCORES
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 DEVELOPMENT = {  # what `default` was settled on, or what was in view while it was
     "sprites": OUTLIERS["sprites"], "fashionmnist": ("mnist", *CORRUPTIONS),
     "cifar10": ("svhn", "celeba", LANCZOS, *CORRUPTIONS), TILES: TILE_OUTLIERS[:1]}
@@ -303,33 +289,3 @@ def page(folder):
         *left_out(found), *others(found), *published(found),
         "## Commands", "", "Those of the first run of each kind; paths are relative to `--data-root`, and `runs` is "
         "`--runs`.", "", "```", *(command for run in firsts for command in run["commands"]), "```", ""])
-
-
-def main():
-    """The command."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="where the runs are kept (default runs)")
-    parser.add_argument("--data-root", metavar="DIR", help="that of run.py")
-    args = parser.parse_args()
-    make_folder(RESULTS / "detection")
-    make_folder(Path(args.runs))
-    missing = {path: measure for name, measure in kept().items()
-               if not (path := RESULTS / "detection" / f"{name}.json").exists()}
-    if any(path.name.startswith("pyod_") for path in missing):
-        contenders.methods()  # to be told at once that PyOD is not there
-    for path, measure in missing.items():
-        checkpoint.write_atomic(path, (json.dumps(measure(args), indent=1) + "\n").encode())
-    checkpoint.write_atomic(RESULTS / "detection.md", page(RESULTS).encode())
-    if plots.available():
-        found = read(RESULTS / "detection")
-        dots.versus(RESULTS / "detection.png", [
-            (pair.inliers, pair.outliers, pair.mean(pair.best(True)), pair.mean("default"), pair.development)
-            for pair in named_pairs(found) + class_pairs(found)], "AUROC of the best control", "AUROC of default")
-        if run := frontier.run_of(found["named"]):
-            frontier.draw(RESULTS / "frontier.png", run["frontier"])
-    print(f"written to {RESULTS / 'detection.md'}")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

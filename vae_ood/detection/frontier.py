@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from vae_ood.dots import label
+from vae_ood.detection.dots import label
 from vae_ood.metrics import conformal_p_values, detection
 from vae_ood.plots import METADATA, figure_and_axes
 from vae_ood.scores import COMPONENTS, CONTROLS
