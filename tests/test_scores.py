@@ -127,6 +127,13 @@ def test_surprise_where_many_inliers_share_a_value():
     assert most[2] > math.log(1000)
 
 
+def test_a_tail_of_few_does_not_overstate():
+    rng = np.random.default_rng(0)
+    said = np.concatenate([fitted(Tail, rng.exponential(size=70))(rng.exponential(size=2_000)) for _ in range(300)])
+    for p in (0.01, 0.001, 0.0001):  # 2.3 times too many for 0.001 where the shape may be 0
+        assert 0.2 * p < (said > -math.log(p)).mean() < 1.4 * p
+
+
 def test_surprise_of_nan_is_nan():
     assert np.isnan(fitted(Tail, np.arange(30.0))(np.array([np.nan, 1]))).tolist() == [True, False]
 

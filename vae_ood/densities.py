@@ -110,7 +110,7 @@ class Mixture(Gaussian):
             joint = log_joint(single, *(values.float() for values in found.values())).double()  # shares need no more
             log_density = joint.logsumexp(1, keepdim=True)
             share, mean = (joint - log_density).exp(), log_density.mean().item()
-            if mean - before < 1e-3:  # nats an image
+            if mean - before < 1e-2:  # nats an image
                 break
             before = mean
         return cls(**whole.state_dict(), **found)
@@ -176,9 +176,10 @@ class Typicality(Density):
 
 class Tail(Density):
     """-log p of a score [M], where p is the share of inliers that score at least as high; beyond their largest tenth,
-    or what of it is above a value that many share, a generalised Pareto tail (peaks over threshold), exponential or
-    heavier, by the probability-weighted moments of Hosking and Wallis (doi 10.1080/00401706.1987.10488243). Buffers:
-    inliers [N], sorted; threshold, shape, scale."""
+    or what of it is above a value that many share, a generalised Pareto tail (peaks over threshold), by the
+    probability-weighted moments of Hosking and Wallis (doi 10.1080/00401706.1987.10488243), but of a shape of at least
+    1/n for n values, which is what they leave open where the tail is exponential: (1 + x / (n mean))^-n, the posterior
+    predictive for Jeffreys' prior of its mean. Buffers: inliers [N], sorted; threshold, shape, scale."""
 
     SHARE = 0.1
 
@@ -191,8 +192,8 @@ class Tail(Density):
         n = max(1, len(excess))
         mean = (excess.sum() / n).clamp(min=1e-12)
         beyond = 1 - (torch.arange(len(excess), dtype=x.dtype) + 0.65) / n  # the probability beyond each
-        shape = (2 - mean / (mean - 2 * (excess * beyond).sum() / n)).clamp(1e-9, 0.99)
-        return cls(inliers=inliers, threshold=threshold, shape=shape, scale=mean * (1 - shape))
+        shape = (2 - mean / (mean - 2 * (excess * beyond).sum() / n)).clamp(0, 0.99)
+        return cls(inliers=inliers, threshold=threshold, shape=shape.clamp(min=1 / n), scale=mean * (1 - shape))
 
     def forward(self, x):
         n = len(self.inliers)
