@@ -73,7 +73,8 @@ def add_training_arguments(parser):
                        "of these steps for good, each as step-<STEP>.pt, which eval.py takes")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on "
                        "CUDA; on a CPU it gained nothing)")
-    group.add_argument("--amp", action="store_true", help="train under bfloat16 autocast")
+    group.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), default="float32", help="of the "
+                       "network's products in training: float32 (default), tf32 on CUDA, or bfloat16 autocast")
     group.add_argument("--no-eval", action="store_true", help="train only")
 
 

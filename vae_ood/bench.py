@@ -90,7 +90,7 @@ def training(device, shape, alpha):
     pixels = images(2048, shape)
     args = SimpleNamespace(**dict.fromkeys(CONFIG) | {
         "alpha": alpha, "kappa": KAPPA, "gamma": "learn", "schedule": "constant", "batch_size": BATCH, "lr": 1e-4,
-        "seed": 0, "amp": False, "recipe": "fast", "keep": 1, "keep_at": [], "compile": None,
+        "seed": 0, "precision": "float32", "recipe": "fast", "keep": 1, "keep_at": [], "compile": None,
         "checkpoint_seconds": math.inf})
 
     def measure(steps):

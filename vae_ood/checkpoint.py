@@ -67,15 +67,26 @@ def write_csv(path, header, rows):
     write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))  # names of any bytes
 
 
+def copied(state):
+    """A copy of a state_dict, on the CPU, that what goes on meanwhile does not change; from CUDA the copies are on
+    their way when this returns, and there when the present stream has come as far as now."""
+    if isinstance(state, torch.Tensor):
+        there = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
+        return there.copy_(state.detach(), non_blocking=True)
+    if isinstance(state, dict):
+        return {name: copied(value) for name, value in state.items()}
+    return [copied(value) for value in state] if isinstance(state, list) else state
+
+
 def save(path, model, optimizer, step, config, seconds=0.0, before=None, keep=1, split=None):
-    """Save the state after `step` training steps as `path`; `config` is a dict of plain values, `split` own images'
-    groups and parts. Raises UserError.
+    """Save the state_dicts after `step` training steps as `path`; `config` is a dict of plain values, `split` own
+    images' groups and parts. Raises UserError.
 
     What `path` held, of the step `before`, is kept beside it as <stem>-<before>.pt, as far as there are to be `keep`
     checkpoints in all; older ones are removed.
     """
     path = Path(path)
-    state = packed(model.state_dict(), optimizer.state_dict(), step, config, seconds, split)
+    state = packed(model, optimizer, step, config, seconds, split)
     aside = before is not None and before < step and keep > 1 and path.exists()
     write_state(path, state, path.with_name(f"{path.stem}-{before}.pt") if aside else None)
     for number, old in earlier(path):
@@ -173,6 +184,8 @@ def load(path):
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in types.items()):
         raise Damaged(f"{path} is not a checkpoint of run.py: give the ckpt.pt that run.py wrote")
     check_weights(path, state["model"])
+    if "amp" in state["config"]:  # as it was called before there were three precisions
+        state["config"]["precision"] = "bfloat16" if state["config"].pop("amp") else "float32"
     if not good_split(state.get("split")):
         raise Damaged(f"{path} is damaged: its groups are unusable")
     return state
@@ -218,7 +231,9 @@ def restore(state, path, model, optimizer=None, assign=False):
             raise TypeError
         model.load_state_dict(state["model"], assign=assign)
         if optimizer is not None:
+            own = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
             optimizer.load_state_dict(state["optimizer"])
+            optimizer.param_groups[0].update(own)  # how it runs depends on the device
     except Exception as error:  # foreign tensors: torch raises RuntimeError, KeyError, ValueError, TypeError...
         raise UserError(f"{path} is damaged: its tensors do not fit its settings ({type(error).__name__})") from None
 

@@ -1,159 +1,31 @@
-"""The training of one VAE, from top to bottom: the schedules, a step, the weights that win on validation images, and
-the loop, which resumes, checkpoints and stops."""
+"""The training of one VAE: the weights that win on validation images, and the loop, which resumes, checkpoints and
+stops. A step is vae_ood/step.py's."""
 
+import copy
 import json
 import math
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from threading import current_thread, main_thread
 
-import numpy as np
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vae_ood import UserError, checkpoint
-from vae_ood.cli import RANK, WORLD, Progress, duration, out_of_memory
-from vae_ood.data.images import TRAINING, generator, to_unit
+from vae_ood.cli import RANK, WORLD, Progress, duration
 from vae_ood.data.likeness import set_digest
-from vae_ood.data.tiles import Tiles, of_step
-from vae_ood.kernels.iw_nll import gaussian_log_likelihood, log_normal
-from vae_ood.kernels.reparameterize import reparameterize
+from vae_ood.data.tiles import Tiles
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import ACTIVE_NATS
-from vae_ood.model import VAE
-from vae_ood.parallel import any_worker, crc32, from_first, part, total
+from vae_ood.parallel import any_worker, crc32, from_first, total
+from vae_ood.step import Training
 
 CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", "gamma", "schedule", "iters",
-          "batch_size", "lr", "seed", "amp")  # what determines the result; a resumed run must agree in all of it
+          "batch_size", "lr", "seed", "precision")  # what determines the result; a resumed run must agree in all of it
 OWN = ("group_by", "folds", "range", "size", "crop", "tile", "cache")  # of own pictures; the last determines nothing
 LOG_EVERY = 50  # steps
 VALIDATED = 1_000  # images, a hundred times in a run: some twentieth of its time
-GAMMA_IMAGES = 10_000  # training images whose MSE is the gamma of a finished `optimal` or `homotopy` run
-MIN_GAMMA = 1e-10  # images that are reconstructed exactly have no finite log-likelihood
-HOMOTOPY = (0, 5000 / 7, 2000), (0, -5, -7)  # steps, log of the floor: slower where weak factors of the data join in
-
-
-def learning_rate(step, args):
-    """Constant; or a linear warm-up over 2% of the steps, then a cosine to 0."""
-    if args.schedule == "constant":
-        return args.lr
-    warm_up = max(1, args.iters // 50)
-    return args.lr * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / args.iters))
-
-
-def gamma_floor(step, args):
-    """Homotopy: gamma = max(MSE of the batch, floor), the floor falling log-linearly from 1 to e^-5 in 714 steps, then
-    to e^-7 by step 2,000 (in proportion where there are fewer than 3,000 steps); `optimal` has no floor."""
-    if args.gamma != "homotopy":
-        return MIN_GAMMA
-    return math.exp(np.interp(step * max(1, 3000 / args.iters), *HOMOTOPY))
-
-
-class Objective(nn.Module):
-    """The terms of the negative ELBO of each image, as a module, which DistributedDataParallel asks for."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, eps, probe, amp):
-        """x [B, C, H, W], uint8 or in [0, 1]; eps and probe [B, kappa] -> KL [B, kappa] and log p(x|z) [B] in nats,
-        squared error [B]. The probe is zero and its gradient is dL/dz."""
-        model = self.model
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            mu, log_sigma = (t.float() for t in model.encode(x))
-            z, kl = reparameterize(mu, log_sigma, eps, per_dim=True)
-            decoded = model.decode(z + probe)
-        return kl, *gaussian_log_likelihood(x, decoded, model.log_gamma, model.logits, True)
-
-
-class Training:
-    """A model, its optimiser, and the images [N, C, H, W], uint8, of which each step takes some.
-
-    A step's images and noise are drawn for the whole batch and depend on (seed, step) alone, so a resumed run repeats
-    them; each worker takes its slice. What `backward` gives are the worker's shares: their sums over the workers are
-    those of the batch.
-    """
-
-    def __init__(self, args, images, device):
-        self.args, self.device, self.images = args, device, images.to(device)
-        self.profiled = args.gamma in ("optimal", "homotopy")
-        self.compiled = device.type == "cuda" if args.compile is None else args.compile
-        torch.manual_seed(args.seed)
-        gamma = 1.0 if self.profiled or args.gamma == "learn" else args.gamma
-        self.model = VAE(images.shape[1:], args.alpha, args.kappa, gamma, learn_gamma=args.gamma == "learn").to(
-            device, memory_format=torch.channels_last)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.trained, lr=args.lr, fused=True)
-        objective = Objective(self.model)
-        if WORLD > 1:  # it averages the gradients over the workers while the backward pass goes on
-            objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-        self.objective = torch.compile(objective) if self.compiled else objective
-
-    def batch(self, step):
-        """This worker's x, uint8 or dequantised, and eps of a step."""
-        args, device, rows = self.args, self.device, part(self.args.batch_size)
-        rng = generator(args.seed, TRAINING, step)
-        x = of_step(self.images, args.seed, step, args.batch_size, rows).to(device)
-        eps = rng.standard_normal((args.batch_size, args.kappa), np.float32)[rows]
-        if args.dequantize:
-            x = to_unit(x, torch.from_numpy(rng.random((args.batch_size, *x.shape[1:]), np.float32)[rows]).to(device))
-        return x.contiguous(memory_format=torch.channels_last), torch.from_numpy(eps).to(device)
-
-    def backward(self, step):
-        """The gradients of a step; gives the loss (mean negative ELBO in nats), the MSE of the whole batch, gamma, the
-        mean KL per dimension and the mean norm of an image's dL/dz.
-
-        `optimal` and `homotopy`: gamma is max(MSE, floor), a constant to the gradient: where MSE is the larger, that is
-        the gradient of the loss with gamma profiled out, d/2 log(2 pi e MSE) + KL (arXiv 2006.13202), and its value.
-        """
-        x, eps = self.batch(step)
-        b, d, probe = self.args.batch_size, x[0].numel(), torch.zeros_like(eps, requires_grad=True)
-        kl, log_likelihood, squared_error = self.objective(x, eps, probe, self.args.amp)
-        mse, log_gamma = total(squared_error.detach().sum()) / (b * d), self.model.log_gamma
-        if self.profiled:
-            log_gamma = mse.clamp(min=gamma_floor(step, self.args)).log()
-            log_likelihood = log_normal(squared_error, d, log_gamma)
-        loss = (kl.sum(1) - log_likelihood).sum() / b
-        (loss * WORLD).backward()  # the mean over the workers is then the gradient of the batch's loss
-        return (loss.detach(), mse, log_gamma.detach().exp(), kl.detach().sum(0) / b,
-                probe.grad.norm(dim=1).sum() / WORLD)
-
-    def update(self, step, mse):
-        """The optimiser's step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.args)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.profiled:  # what a checkpoint before the end is evaluated with: a running geometric mean
-            with torch.no_grad():
-                self.model.log_gamma.lerp_(mse.clamp(min=MIN_GAMMA).log(), 0.05)
-
-    def settle_gamma(self):
-        """Where gamma is not trained, it becomes the MSE on (at most GAMMA_IMAGES) training images."""
-        if self.profiled:
-            mse = evaluate(self.model, self.images[:GAMMA_IMAGES], 1, self.args.seed, self.args.dequantize)["mse"]
-            with torch.no_grad():
-                self.model.log_gamma.fill_(math.log(max(mse.mean(), MIN_GAMMA)))
-
-    def warm_up(self, step):
-        """Two steps without an update, the first of which compiles; the seconds of the second."""
-        try:
-            self.backward(step)
-        except Exception as error:
-            if not self.compiled or WORLD > 1 or out_of_memory(error):
-                raise
-            if self.args.compile:
-                raise UserError(f"torch.compile failed ({type(error).__name__}): use --no-compile") from error
-            print(f"training without torch.compile, which failed ({type(error).__name__}); see --no-compile")
-            self.objective, self.compiled = self.objective._orig_mod, False
-            self.backward(step)
-        started = time.perf_counter()
-        self.backward(step)[0].item()
-        self.optimizer.zero_grad()
-        return time.perf_counter() - started
 
 
 class Winner:
@@ -206,6 +78,7 @@ class Loop:
     def __init__(self, run, out, config, split, validation):
         self.run, self.args, self.out, self.config, self.split = run, run.args, out, config, split
         self.ckpt, self.losses = out / "ckpt.pt", []  # the losses since the last check
+        self.writer, self.writing = ThreadPoolExecutor(1), None
         self.step, self.seconds, self.saved_step = checkpoint.resume(self.ckpt, config, run.model, run.optimizer)
         self.winner = None if validation is None else Winner(self.args, validation, out / "best.pt")
         if self.winner:
@@ -219,32 +92,51 @@ class Loop:
         """Say what the steps that are left will take."""
         args, left, device = self.args, self.args.iters - self.step, self.run.device.type
         expected = self.run.warm_up(self.step) * left
-        where = f"{device} x {WORLD}" if WORLD > 1 else device
-        print(f"{sum(p.numel() for p in self.run.model.parameters()):,} parameters, {len(self.run.images):,} training "
-              f"images, {left:,} steps of {args.batch_size} on {where}: about {duration(expected)}", flush=True)
+        where, about = f"{device} x {WORLD}" if WORLD > 1 else device, "at most" if self.run.graphed else "about"
+        print(f"{sum(p.numel() for p in self.run.model.parameters()):,} parameters, {len(self.run.batches.images):,} "
+              f"training images, {left:,} steps of {args.batch_size} on {where}: {about} {duration(expected)}",
+              flush=True)
         if expected > 3600:
             ways = "a GPU, " * (device == "cpu") + "--recipe fast, " * (args.recipe == "paper")
             print(f"shorter with {ways}a smaller {'--size, ' * bool(self.split)}--alpha or --iters", flush=True)
 
     def check(self):
         """UserError if one of the losses since the last check, or a parameter, is not finite."""
+        if self.writing and self.writing.done():
+            self.written()
         values, self.losses = total(torch.stack(self.losses)).tolist(), []
         bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
-        if bad or not all(p.isfinite().all() for p in self.run.trained):
+        if bad or not torch.stack([p.isfinite().all() for p in self.run.trained]).all():
             what = f"the loss is {values[bad[0]]}" if bad else "a parameter is not finite"
             where = self.step - len(values) + 1 + bad[0] if bad else self.step
+            self.written()
             kept = f" ({self.ckpt} keeps the last good state)" if self.saved_step is not None else ""
             raise UserError(f"training diverged: {what} at step {where}; try a smaller --lr{kept}")
 
     def save(self):
-        """Write ckpt.pt, and best.pt."""
-        if self.winner:
-            self.winner.save(self.config, self.split)
+        """Write ckpt.pt, and best.pt, as they are now, while the training goes on."""
+        self.written()
         if RANK == 0:
-            checkpoint.save(self.ckpt, self.run.model, self.run.optimizer, self.step, self.config,
-                            self.seconds + time.perf_counter() - self.started, self.saved_step, self.args.keep,
-                            self.split)
+            run, seconds = self.run, self.seconds + time.perf_counter() - self.started
+            states = checkpoint.copied([run.model.state_dict(), run.optimizer.state_dict()])
+            arrived = torch.cuda.current_stream().record_event() if run.device.type == "cuda" else None
+            self.writing = self.writer.submit(self.write, states, arrived, copy.copy(self.winner), self.step, seconds,
+                                              self.saved_step)
         self.saved_step, self.saved = self.step, time.perf_counter()
+
+    def write(self, states, arrived, winner, step, seconds, before):
+        """Write the states, when they have arrived, and the winner of then."""
+        if arrived:
+            arrived.synchronize()
+        if winner:
+            winner.save(self.config, self.split)
+        checkpoint.save(self.ckpt, *states, step, self.config, seconds, before, self.args.keep, self.split)
+
+    def written(self):
+        """Wait for what is being written. Raises UserError if that has failed."""
+        if self.writing:
+            writing, self.writing = self.writing, None
+            writing.result()
 
     def go(self, signals):
         """Step until the end, or until a signal has come."""
@@ -255,18 +147,16 @@ class Loop:
         try:
             with nullcontext() if RANK else checkpoint.open_log(self.out / "log.jsonl", self.step) as log:
                 while self.step < args.iters and not stopped:
-                    loss, mse, *others = run.backward(self.step)
-                    logging = (self.step + 1) % LOG_EVERY == 0 or self.step + 1 in (1, args.iters)
-                    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in run.trained]) if logging else None
-                    run.update(self.step, mse)
-                    self.losses.append(loss)
+                    terms = run.step(self.step)
+                    self.losses.append(terms.loss)
                     self.step += 1
+                    logging = self.step % LOG_EVERY == 0 or self.step in (1, args.iters)
                     overdue = time.perf_counter() - self.saved > args.checkpoint_seconds
                     stopped, saving = any_worker(bool(signals), RANK == 0 and overdue)
                     if logging or saving or self.step in args.keep_at:
                         self.check()
                     if logging:
-                        text = self.log(log, loss, mse, *others, grad_norm)
+                        text = self.log(log, terms)
                     bar.update(self.step, text)
                     if self.step in args.keep_at and RANK == 0:
                         checkpoint.save_weights(self.out / f"step-{self.step}.pt", run.model.state_dict(), self.step,
@@ -278,15 +168,17 @@ class Loop:
         finally:
             bar.close()
 
-    def log(self, file, loss, mse, gamma, kl, grad_z_norm, grad_norm):
-        """Write the line of a step; gives what the progress bar says."""
-        args, now, d = self.args, time.perf_counter(), math.prod(self.config["shape"])
-        loss, grad_z_norm, *kl = total(torch.cat([torch.stack([loss, grad_z_norm]), kl])).tolist()
+    def log(self, file, terms):
+        """Write the line of a step, whose `Terms` are given; gives what the progress bar says."""
+        args, d = self.args, math.prod(self.config["shape"])
+        shares = torch.stack([terms.loss, terms.probe.grad.norm(dim=1).sum() / WORLD])
+        loss, grad_z_norm, *kl = total(torch.cat([shares, terms.kl.sum(0) / args.batch_size])).tolist()
+        gamma, now = terms.gamma.item(), time.perf_counter()
         speed = (self.step - self.logged_step) * args.batch_size / (now - self.logged)
         record = {"step": self.step, "seconds": round(self.seconds + now - self.started, 3),
                   "images_per_second": round(speed, 1), "loss": loss,
-                  "bpd": bits_per_dim(loss, d, gamma.item(), args.dequantize), "mse": mse.item(), "gamma": gamma.item(),
-                  "kl": sum(kl), "grad_norm": grad_norm.item(), "grad_z_norm": grad_z_norm,
+                  "bpd": bits_per_dim(loss, d, gamma, args.dequantize), "mse": terms.mse.item(), "gamma": gamma,
+                  "kl": sum(kl), "grad_norm": self.run.gradient_norm().item(), "grad_z_norm": grad_z_norm,
                   "active_dims": sum(k > ACTIVE_NATS for k in kl)}
         if self.winner and (self.step % self.winner.every == 0 or self.step == args.iters):
             record["validation_nll"] = self.winner.compare(self.run.model, self.step)
@@ -322,8 +214,10 @@ def train(args, images, out, device, split=None, validation=None):
         if loop.step == args.iters:
             run.settle_gamma()
         loop.save()
+        loop.written()
         stopped, = any_worker(bool(signals))
     finally:
+        loop.writer.shutdown()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if stopped:
