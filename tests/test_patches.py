@@ -86,6 +86,9 @@ def test_pictures_without_a_common_place_are_not_held_to_one():
         image[0, y:y + size, x:x + size] = torch.from_numpy(rng.integers(0, 256, (size, size), dtype=np.uint8))
     found = SCORES[PATCHES].fit(Pictures(images))
     assert not found.holds and np.isfinite(found(Pictures(images[:5]))).all()
+    tiles = Pictures(images[:216])  # the largest distances of nine in a row spread little
+    tiles.tiles = 9
+    assert not Patches.fit(Pictures(images), tiles).holds
     assert not Patches.fit(Pictures(parts(30, 0)), Pictures(parts(6, 10))).holds  # six are too few to say
 
 

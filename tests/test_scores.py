@@ -127,6 +127,11 @@ def test_surprise_where_many_inliers_share_a_value():
     assert most[2] > math.log(1000)
 
 
+def test_where_all_inliers_are_equal_little_is_said_of_what_lies_beyond():
+    values = fitted(Tail, np.zeros(2_000))(np.array([0.0, 1e-3, 1.0, 1e6]))
+    np.testing.assert_allclose(values[1:], math.log(2 * 2_001), rtol=1e-3)
+
+
 def test_a_tail_of_few_does_not_overstate():
     rng = np.random.default_rng(0)
     said = np.concatenate([fitted(Tail, rng.exponential(size=70))(rng.exponential(size=2_000)) for _ in range(300)])
@@ -266,6 +271,14 @@ def test_principal_components_match_scikit_learn():
         assert all(value.untyped_storage().nbytes() == value.nbytes for value in score.state_dict().values())  # saved
         torch.manual_seed(7)  # the projection's randomness is its own
         np.testing.assert_array_equal(SCORES[name].fit(train)(some), score(some))
+
+
+def test_few_pictures_do_not_make_others_infinitely_far():
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), np.uint8)
+    for name in ("pca", "pca_residual", "knn"):
+        near, far = (SCORES[name].fit(Made(images=torch.from_numpy(pixels[:20])))(Made(images=torch.from_numpy(part)))
+                     for part in (pixels[:20], pixels[20:]))
+        assert np.median(far) < 100 * np.median(near) + 100, name
 
 
 def test_large_pictures_are_scaled_down_few_at_once(monkeypatch):
@@ -409,3 +422,5 @@ def test_default_is_fitted_and_judged_on_other_things():
     kept = scores.every_fifth(groups)
     assert not set(groups[kept]) & set(groups[~kept]) and kept.sum() == 12
     assert scores.every_fifth(groups // 10).sum() == 12  # two things: every fifth image
+    for large in (0, 1):  # one thing of twelve has most of the images
+        assert scores.every_fifth(np.r_[np.full(945, large), np.repeat(np.arange(12), 5)]).sum() == 201

@@ -27,6 +27,8 @@ from vae_ood.data.tiles import (
     tiled,
 )
 from vae_ood.detector import Detector
+from vae_ood.features import Features, Part
+from vae_ood.model import VAE
 from vae_ood.scores import COMPONENTS
 
 CPU = torch.device("cpu")
@@ -48,6 +50,12 @@ def test_tiles_cover_every_pixel_and_none_leaves_the_picture(sides, tile):
     for side in sides:
         steps = np.diff(places(side, tile))
         assert (steps > 0).all() and (steps <= max(1, tile // 2)).all()
+
+
+def test_a_part_of_tiles_is_cut_when_it_is_read():
+    tiles, rows = Tiles.covering(noise(4, 1, 20, 20), 8), np.arange(4 * 16) % 5 == 1
+    part = Part(Features(VAE((1, 8, 8), 0.1, 2), tiles, dict), rows)["images"]
+    assert isinstance(part, Tiles) and torch.equal(part[:], tiles[:][torch.from_numpy(rows)])
 
 
 def test_random_tiles_lie_as_often_at_each_place_of_the_grid():

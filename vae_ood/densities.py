@@ -63,7 +63,8 @@ class Gaussian(Density):
 
 
 class Halves(Gaussian):
-    """The sum of the squared Mahalanobis distances of a row's two halves, each by a Gaussian of its own."""
+    """The sum of the squared Mahalanobis distances of a row's two halves, which are of equal width, each by a Gaussian of its
+    own."""
 
     @classmethod
     def fit(cls, x):
@@ -189,7 +190,7 @@ class Tail(Density):
         inliers = x.sort().values
         threshold = inliers.quantile(1 - cls.SHARE)
         excess = inliers[inliers > threshold] - threshold
-        n = max(1, len(excess))
+        n = max(1e-9, len(excess))  # of none, hardly more can be said than that they are beyond all
         mean = (excess.sum() / n).clamp(min=1e-12)
         beyond = 1 - (torch.arange(len(excess), dtype=x.dtype) + 0.65) / n  # the probability beyond each
         shape = (2 - mean / (mean - 2 * (excess * beyond).sum() / n)).clamp(0, 0.99)

@@ -201,7 +201,10 @@ class Part:
 
     def __getitem__(self, name):
         values = self.whole[name]
-        return values[torch.from_numpy(np.arange(len(values))[self.rows])] if name == "images" else values[self.rows]
+        if name != "images":
+            return values[self.rows]
+        rows = np.arange(len(values))[self.rows]
+        return values[torch.from_numpy(rows)] if isinstance(values, torch.Tensor) else values.take(rows)
 
 
 def of_pictures(values, features, by=np.max):

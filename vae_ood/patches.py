@@ -60,7 +60,7 @@ def energy(y, filters, stride=1):
                       for part in y.split(AT_ONCE)])
 
 
-def some(images):
+def sample(images):
     """At most PICTURES of the images, a tensor or what gives tensors, and PIXELS bytes of them."""
     most = min(PICTURES, max(1, PIXELS // math.prod(images.shape[1:])))
     return images[torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(images))[:most]))]
@@ -69,11 +69,12 @@ def some(images):
 class Scale(torch.nn.Module):
     """Pictures at one size: the filters, the Gaussian of the cells, and the tail of its distances to others."""
 
-    def __init__(self, plan, filters, gaussian=None, tail=None):
-        """plan: height, width, stride of the filters, cells down, cells across."""
+    def __init__(self, plan, filters, gaussian=None, tail=None, steady=False):
+        """plan: height, width, stride of the filters, cells down, cells across. steady: see `holds`."""
         super().__init__()
         self.register_buffer("plan", torch.as_tensor(plan))
         self.register_buffer("filters", filters)
+        self.register_buffer("steady", torch.as_tensor(steady))
         self.gaussian, self.tail = gaussian, tail
 
     @classmethod
@@ -82,6 +83,7 @@ class Scale(torch.nn.Module):
         scale = cls(plan, whitening(log_picture(images, plan[:2]), p).cpu())
         scale.gaussian = Gaussian.fit(scale.cells(images))
         distances = scale.distances(unseen["images"], images.device)
+        scale.steady.fill_(bool(len(distances) and distances.std() < distances.mean()))  # of tiles: maxima always are
         scale.tail = Tail.fit(torch.from_numpy(of_pictures(distances, unseen)))
         return scale
 
@@ -106,8 +108,7 @@ class Scale(torch.nn.Module):
         """Whether the Gaussian describes pictures that it was not fitted to: their distances spread less than an
         exponential's, whose standard deviation is its mean. Those of pictures that have nothing in common, place by
         place, do not, and then say little."""
-        distances = self.tail.inliers
-        return len(distances) >= LEAST and bool(distances.std(correction=0) < distances.mean())
+        return len(self.tail.inliers) >= LEAST and bool(self.steady)
 
 
 def plans(height, width):
@@ -135,7 +136,7 @@ class Patches(torch.nn.Module):
     def fit(cls, train, unseen):
         """To features of training images, the tails to those of others."""
         def fitted():
-            images = some(train["images"]).to(train.device)
+            images = sample(train["images"]).to(train.device)
             return cls([Scale.fit(images, unseen, *plan) for plan in plans(*images.shape[2:])]).state_dict()
         return cls.restore(from_first(fitted))
 
@@ -143,8 +144,8 @@ class Patches(torch.nn.Module):
     def restore(cls, state):
         """What `fit` gave, from its state_dict."""
         scales = [under(state, f"scales.{i}.") for i in range(len({name.split(".")[1] for name in state}))]
-        return cls([Scale(one["plan"], one["filters"], Gaussian(**under(one, "gaussian.")), Tail(**under(one, "tail.")))
-                    for one in scales])
+        return cls([Scale(one["plan"], one["filters"], Gaussian(**under(one, "gaussian.")), Tail(**under(one, "tail.")),
+                          one["steady"]) for one in scales])
 
     @property
     def holds(self):

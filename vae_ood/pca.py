@@ -45,7 +45,7 @@ class Principal(torch.nn.Module):
             mean = x.mean(0)
             with torch.random.fork_rng(range(torch.cuda.device_count())):  # named, or several make it warn
                 torch.manual_seed(0)  # of the random projection
-                k = min(cls.MOST, *x.shape)
+                k = min(cls.MOST, max(1, len(x) - 1), x.shape[1])  # centred, they span one less than there are
                 _, _, directions = torch.pca_lowrank(x, min(k + 10, *x.shape), niter=4)
             directions = directions[:, :k].contiguous()
             known = cls.kept((x - mean) @ directions)

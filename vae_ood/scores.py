@@ -79,22 +79,24 @@ class Combined(torch.nn.Module):
         parts = {component: fitted(features) for component, fitted in self.components.items()}
         if self.patches.holds:
             parts[PATCHES] = self.patches(features)
-        surprises = self.surprises(parts)
-        score = torch.stack([surprises[component] + math.log(share) for component, share in COMPONENTS.items()]).amax(0)
-        if PATCHES in parts:
-            score = torch.maximum(QUARTER * score, surprises[PATCHES])
-        return {name: score.numpy()} | {f"{name}.{component}": part for component, part in parts.items()}
+        score = np.max(list(self.weighted(parts).values()), 0)
+        return {name: score} | {f"{name}.{component}": part for component, part in parts.items()}
 
-    def surprises(self, parts):
-        """{component: -log p [N]} of some of the components' scores {component: [N]}."""
-        tails = dict(self.tails.items()) | {PATCHES: torch.nn.Identity()}
-        return {component: tails[component](torch.from_numpy(part)) for component, part in parts.items()}
+    def weighted(self, parts):
+        """{component: the score that it alone would give [N]} of the components' scores {component: [N]}."""
+        weight = QUARTER if PATCHES in parts else 1
+        found = {component: weight * (self.tails[component](torch.from_numpy(part)).numpy()
+                                      + math.log(COMPONENTS[component]))
+                 for component, part in parts.items() if component != PATCHES}
+        return found | {component: part for component, part in parts.items() if component == PATCHES}
 
 
 def every_fifth(groups):
-    """Which of the training images [N] belong to every fifth thing, or are every fifth where things are few."""
+    """Which of the training images [N] belong to every fifth thing, or are every fifth where these things are few, or
+    far from a fifth of the images."""
     things = np.unique(groups, return_inverse=True)[1]
-    return (things if things.max() > 8 else np.arange(len(things))) % 5 == 1
+    kept = things % 5 == 1
+    return kept if things.max() > 8 and 0.1 < kept.mean() < 0.4 else np.arange(len(things)) % 5 == 1
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,11 @@ SCORES = {
         """The score to use without thinking: the largest of its COMPONENTS' surprises -log p, each plus the log of its
         share of the false alarms: minus the log of the smallest weighted p (doi 10.1093/biomet/93.3.509). p comes from
         images that the components were not fitted to (`Score.fit`). Where the training images show the same place by
-        place, as those of parts do (`Scale.holds`), it is the larger of a quarter of that and the patches' surprise.
+        place, as those of parts do (`Scale.holds`), it is the larger of a quarter of that and the patches' score.
 
         Equal shares dilute what one component sees: each must stand out from the false alarms of all. It is not a
         p-value itself: eval.py calibrates it on inliers that it has not seen, which keeps the false-alarm rate.""",
-        tuple(dict.fromkeys(("layout", "edges", "contrast", "residual_fine", *JOINT))), Combined),
+        tuple(dict.fromkeys(("images", "layout", "edges", "contrast", "residual_fine", *JOINT))), Combined),
     "layout": Score(
         """What lies where: the negative log density under a mixture of Gaussians of the principal components of random
         filters' energies by place (`layout_log_energies`), of mu_z and log sigma_z.""",

@@ -80,6 +80,10 @@ class Tiles:
         """The same tiles of pictures that lie on the device."""
         return Tiles(self.pictures.to(device), self.tile, self.corners)
 
+    def take(self, rows):
+        """Some of them, by an array of indices, not cut yet."""
+        return Tiles(self.pictures, self.tile, self.corners[rows])
+
     def split(self, size):
         """Tensors of `size` tiles each."""
         return (self[start:start + size] for start in range(0, len(self), size))

@@ -269,7 +269,7 @@ def published(found):
     return [
         "## Published figures", "",
         "AUROC; those of others as tabulated in arXiv 2401.04933, not run again here. The protocols differ: ours is a "
-        "plain Gaussian VAE, trained for minutes on two CPU cores, with one `default` for both pairs, over three "
+        "plain Gaussian VAE, trained for minutes on two CPU cores, with one `default` for both pairs, the mean over "
         "seeds; theirs are the models, decoders, training sets and constants of each paper, up to hierarchical VAEs "
         "and flows.", "",
         *markdown(["method", "FashionMNIST, MNIST", "CIFAR-10, SVHN"],
