@@ -165,7 +165,7 @@ def test_shares_are_those_of_default_of_every_two_or_more_and_many_others():
     equal = {tuple(row > 0) for row in shares if len(set(row[row > 0].round(12))) == 1}
     assert len(equal) == 2 ** n - 1 - n and (*SHARES.values(), 0, 0, 0) in map(tuple, shares)
     of_two = np.sort(shares, axis=1)[:, -2:].sum(1)
-    assert (of_two > 0.9).sum() > 100 and (of_two < 0.7).sum() > 100
+    assert (of_two > 0.9).sum() > 60 and (of_two < 0.7).sum() > 100
 
 
 def test_the_envelope_is_what_nothing_beats():
