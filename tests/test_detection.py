@@ -3,6 +3,7 @@
 import builtins
 import gzip
 import json
+import math
 import re
 import shutil
 from argparse import Namespace
@@ -19,7 +20,7 @@ from tests.test_reproduce import write_run
 from vae_ood import UserError, plots
 from vae_ood.detection import __main__ as command
 from vae_ood.detection import contenders, dots, frontier, pages, pairs
-from vae_ood.scores import COMPONENTS, CONTROLS, SCORES
+from vae_ood.scores import COMPONENTS, CONTROLS, SCORES, SHARES
 
 RESULTS = ROOT / "results"
 HEADLINE = r"^\| {} \| {}(?: \(development\))? \| .*$"
@@ -136,10 +137,18 @@ def test_combinations_are_those_of_their_definition():
     def alone(name):
         return pytest.approx(aurocs({one: scores[name] for one, scores in count.items()}), abs=6e-5)
 
+    def p(inliers, one):
+        return (1 + sum(inliers >= one - 1e-12)) / 16
+
+    def product(scores, i, names):
+        return math.prod(p(calibrate[name], scores[name][i]) for name in names)
+
     def combined(scores, shares):
-        weighted = [min((1 + sum(calibrate[name] >= scores[name][i])) / 16 / share
-                        for name, share in zip(COMPONENTS, shares, strict=True) if share)
-                    for i in range(len(scores["default"]))]
+        weighted = [min(
+            (p(-np.array([product(calibrate, j, names) for j in range(15)]), -product(scores, i, names))
+             if len(names) > 1 else product(scores, i, names)) / share
+            for names, share in zip(frontier.DIVIDED, shares, strict=True) if share)
+            for i in range(len(scores["default"]))]
         return [-round(one, 12) for one in weighted]
     assert numbers["outliers"] == ["svhn", "celeba"] and numbers["default"] == alone("default")
     assert set(numbers["controls"]) == {control} and numbers["controls"][control] == alone(control)
@@ -151,12 +160,12 @@ def test_combinations_are_those_of_their_definition():
 
 
 def test_shares_are_those_of_default_of_every_two_or_more_and_many_others():
-    shares, n = frontier.some_shares(), len(COMPONENTS)
+    shares, n = frontier.some_shares(), len(frontier.DIVIDED)
     assert shares.shape[1] == n and len(shares) <= 600 and shares.sum(1) == pytest.approx(1) and shares.min() >= 0
     equal = {tuple(row > 0) for row in shares if len(set(row[row > 0].round(12))) == 1}
-    assert len(equal) == 2 ** n - 1 - n and tuple(COMPONENTS.values()) in map(tuple, shares)
+    assert len(equal) == 2 ** n - 1 - n and (*SHARES.values(), 0, 0, 0) in map(tuple, shares)
     of_two = np.sort(shares, axis=1)[:, -2:].sum(1)
-    assert (of_two > 0.9).sum() > 100 and (of_two < 0.7).sum() > 100
+    assert (of_two > 0.9).sum() > 60 and (of_two < 0.7).sum() > 100
 
 
 def test_the_envelope_is_what_nothing_beats():

@@ -374,7 +374,7 @@ def test_features_do_not_depend_on_the_batches(monkeypatch):
 
 def made_up_features(rng, n, **shifts):
     sizes = {"residual_spectrum": 9, "residual_regions": 7, "residual_fine": 7, "image_spectrum": 9, "image_regions": 7,
-             "path": 3, "mu": 5, "log_sigma": 5, "layout": features.LAYOUT, "edges": 4, "contrast": 1}
+             "path": 3, "mu": 5, "log_sigma": 5, "layout": features.LAYOUT, "cells": 20, "edges": 4, "contrast": 1}
     return Made({name: rng.standard_normal((n, size)) + shifts.get(name, 0) for name, size in sizes.items()},
                 groups=np.arange(n), images=torch.zeros(n, 1, 2, 2, dtype=torch.uint8))  # too small for patches
 
@@ -396,9 +396,10 @@ def test_default_is_the_smallest_weighted_p_of_images_that_its_components_were_n
     unseen, too_few = made_up_features(rng, 50, mu=0.5), made_up_features(rng, 19)
     for given, fitted_to, judged_by in ((None, others, fifth), (unseen, train, unseen), (too_few, others, fifth)):
         weighted = []
-        for name, share in scores.COMPONENTS.items():
-            score = SCORES[name].fit(fitted_to)
-            weighted.append(np.exp(-fitted(Tail, score(judged_by))(score(some))) / share)
+        for names, share in scores.SHARES.items():
+            parts = [SCORES[name].fit(fitted_to) for name in names]
+            seen, new = (sum(fitted(Tail, part(judged_by))(part(of)) for part in parts) for of in (judged_by, some))
+            weighted.append(np.exp(-(fitted(Tail, seen)(new) if len(parts) > 1 else new)) / share)
         combined = SCORES["default"].fit(train, given)
         np.testing.assert_allclose(combined(some), -np.log(np.min(weighted, 0)))
         again = SCORES["default"].restore(combined.state_dict())
@@ -412,9 +413,14 @@ def test_the_others_count_a_quarter_beside_patches_that_hold():
     combined = SCORES["default"].fit(train, some)
     assert combined.patches.holds
     said = combined.said("default", some)
-    others = [combined.tails[name](torch.from_numpy(said[f"default.{name}"])).numpy() + math.log(share)
-              for name, share in scores.COMPONENTS.items()]
-    np.testing.assert_allclose(said["default"], np.maximum(np.max(others, 0) / 4, said["default.image_patches"]))
+    parts = {name: said[f"default.{name}"] for name in scores.COMPONENTS}
+    surprises, beside = combined.surprises(parts), combined.surprises(parts | {"image_patches": parts["layout"]})
+    np.testing.assert_array_equal(beside["layout"], surprises["layout"] / 4)
+    np.testing.assert_array_equal(beside["image_patches"], parts["layout"])
+    combined.patches = torch.nn.Module()
+    combined.patches.holds = False
+    alone = combined(some)
+    np.testing.assert_allclose(said["default"], np.maximum(alone / 4, said["default.image_patches"]))
 
 
 def test_default_is_fitted_and_judged_on_other_things():

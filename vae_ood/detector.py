@@ -163,12 +163,12 @@ class Detector:
         parts = [name for name in said[0] if name.startswith(f"{score}.") and all(name in of for of in said)]
         components = {name.split(".")[1]: self.p_values(name, said) for name in parts}
         speaks = [score] * len(images.pixels)
-        if components:  # the smallest p-value speaks; of equal ones, beyond all that calibrate, what the score is
+        if components:  # the smallest p-value speaks; of equal ones, beyond all that calibrate, the largest surprise
             p = np.stack(list(components.values()))
-            weighted = [member.scores[score].weighted({name.split(".")[1]: of[name] for name in parts})
-                        for member, of in zip(self.members, said, strict=True)]
-            weight = np.mean([list(of.values()) for of in weighted], 0)
-            speaks = [list(components)[i] for i in np.where(p == p.min(0), weight, -np.inf).argmax(0)]
+            surprises = [member.scores[score].surprises({name.split(".")[1]: of[name] for name in parts})
+                         for member, of in zip(self.members, said, strict=True)]
+            surprise = np.mean([torch.stack(list(of.values())).numpy() for of in surprises], 0)
+            speaks = [list(components)[i] for i in np.where(p == p.min(0), surprise, -1).argmax(0)]
         views = [member.viewed(of) for member, of in zip(self.members, features, strict=True)]
         return Seen({name: self.mean(name, said) for name in self.scores}, self.p_values(score, said), components,
                     speaks, views, *self.compare(images.pixels))

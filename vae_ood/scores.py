@@ -18,9 +18,12 @@ from vae_ood.parallel import from_first
 from vae_ood.patches import LEAST, Patches
 from vae_ood.pca import Mahalanobis, Neighbour, Principal, Residual
 
-# The components of `default`, and each one's share of the false alarms: an outlier stands out least by its layout, and
-# a component that sees its outliers far beyond all inliers needs but a small share.
-COMPONENTS = {"layout": 0.6, "texture": 0.1, "noise": 0.1, "joint": 0.1, "edges": 0.05, "contrast": 0.05}
+# The components of `default`, and their shares of the false alarms. What is shown is seldom told by one component
+# alone: those that see it in part speak together, and have most. One that sees its outliers far beyond all inliers needs
+# but a small share.
+SHARES = {("layout", "joint", "image_cells"): 0.7, ("texture",): 0.1, ("noise",): 0.1, ("edges",): 0.05,
+          ("contrast",): 0.05}
+COMPONENTS = tuple(component for together in SHARES for component in together)
 PATCHES = "image_patches"  # another component, where it holds, beside which the others together count a QUARTER
 QUARTER = 1 / 4
 
@@ -46,7 +49,8 @@ class Fitted(torch.nn.Module):
 
 
 class Combined(torch.nn.Module):
-    """`default`, fitted: its components, the tails of what they say of inliers, and the patches."""
+    """`default`, fitted: its components, the tails of what they say of inliers, and of the sums of those that speak
+    together, and the patches."""
 
     def __init__(self, components, tails, patches):
         super().__init__()
@@ -56,14 +60,18 @@ class Combined(torch.nn.Module):
     def fit(cls, train, unseen):
         """The components to features of `train`, the tails to those of `unseen`."""
         components = {name: SCORES[name].fit(train) for name in COMPONENTS}
-        tails = {name: Tail.fit(torch.from_numpy(component(unseen))) for name, component in components.items()}
+        said = {name: torch.from_numpy(component(unseen)) for name, component in components.items()}
+        tails = {name: Tail.fit(scores) for name, scores in said.items()}
+        tails |= {"+".join(names): Tail.fit(sum(tails[name](said[name]) for name in names))
+                  for names in SHARES if len(names) > 1}
         return cls(components, tails, Patches.fit(train, unseen))
 
     @classmethod
     def restore(cls, state):
         """What `fit` gave, from its state_dict."""
         return cls({name: SCORES[name].restore(under(state, f"components.{name}.")) for name in COMPONENTS},
-                   {name: Tail(**under(state, f"tails.{name}.")) for name in COMPONENTS},
+                   {name: Tail(**under(state, f"tails.{name}."))
+                    for name in dict.fromkeys((*COMPONENTS, *map("+".join, SHARES)))},
                    Patches.restore(under(state, "patches.")))
 
     def forward(self, features):
@@ -77,18 +85,25 @@ class Combined(torch.nn.Module):
     def said(self, name, features):
         """{name: scores [N]}: the score's own, and its components' as name.component."""
         parts = {component: fitted(features) for component, fitted in self.components.items()}
+        said, scores = self.surprises(parts), []
+        for names, share in SHARES.items():
+            score = sum(said[component] for component in names)
+            scores.append((self.tails["+".join(names)](score) if len(names) > 1 else score) + math.log(share))
+        score = torch.stack(scores).amax(0)
         if self.patches.holds:
             parts[PATCHES] = self.patches(features)
-        score = np.max(list(self.weighted(parts).values()), 0)
-        return {name: score} | {f"{name}.{component}": part for component, part in parts.items()}
+            score = torch.maximum(QUARTER * score, torch.from_numpy(parts[PATCHES]))
+        return {name: score.numpy()} | {f"{name}.{component}": part for component, part in parts.items()}
 
-    def weighted(self, parts):
-        """{component: the score that it alone would give [N]} of the components' scores {component: [N]}."""
-        weight = QUARTER if PATCHES in parts else 1
-        found = {component: weight * (self.tails[component](torch.from_numpy(part)).numpy()
-                                      + math.log(COMPONENTS[component]))
-                 for component, part in parts.items() if component != PATCHES}
-        return found | {component: part for component, part in parts.items() if component == PATCHES}
+    def surprises(self, parts):
+        """{component: -log p [N]} of the components' scores {component: [N]}, beside those of the patches, which are
+        surprises themselves, a QUARTER of that."""
+        found = {component: self.tails[component](torch.from_numpy(part)) for component, part in parts.items()
+                 if component != PATCHES}
+        if PATCHES not in parts:
+            return found
+        return {component: QUARTER * of for component, of in found.items()} | {
+            PATCHES: torch.from_numpy(parts[PATCHES])}
 
 
 def every_fifth(groups):
@@ -141,13 +156,14 @@ JOINT = ("residual_spectrum", "residual_regions", "image_spectrum", "image_regio
 SCORES = {
     "default": Score(
         """The score to use without thinking: the largest of its COMPONENTS' surprises -log p, each plus the log of its
-        share of the false alarms: minus the log of the smallest weighted p (doi 10.1093/biomet/93.3.509). p comes from
-        images that the components were not fitted to (`Score.fit`). Where the training images show the same place by
-        place, as those of parts do (`Scale.holds`), it is the larger of a quarter of that and the patches' score.
+        share of the false alarms (SHARES): minus the log of the smallest weighted p (doi 10.1093/biomet/93.3.509).
+        Those of one share are summed, and the sum's surprise counts. p comes from images that the components were not
+        fitted to (`Score.fit`). Where the training images show the same place by place, as those of parts do
+        (`Scale.holds`), it is the larger of a quarter of that and the patches' score.
 
         Equal shares dilute what one component sees: each must stand out from the false alarms of all. It is not a
         p-value itself: eval.py calibrates it on inliers that it has not seen, which keeps the false-alarm rate.""",
-        tuple(dict.fromkeys(("images", "layout", "edges", "contrast", "residual_fine", *JOINT))), Combined),
+        tuple(dict.fromkeys(("images", "layout", "cells", "edges", "contrast", "residual_fine", *JOINT))), Combined),
     "layout": Score(
         """What lies where: the negative log density under a mixture of Gaussians of the principal components of random
         filters' energies by place (`layout_log_energies`), of mu_z and log sigma_z.""",

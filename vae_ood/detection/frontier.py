@@ -12,26 +12,27 @@ import numpy as np
 from vae_ood.detection.dots import label
 from vae_ood.metrics import conformal_p_values, detection
 from vae_ood.plots import METADATA, figure_and_axes
-from vae_ood.scores import COMPONENTS, CONTROLS
+from vae_ood.scores import COMPONENTS, CONTROLS, SHARES
 
-OUTLIERS, DRAWN = ("svhn", "celeba"), 500  # of CIFAR-10, which no single score tells both well, and shares drawn
+OUTLIERS, DRAWN = ("svhn", "celeba"), 300  # of CIFAR-10, which no single score tells both well, and shares drawn
 LEAST = 0.0001  # the figures' last digit: where an AUROC of 0 is drawn
+DIVIDED = (*SHARES, *((name,) for names in SHARES if len(names) > 1 for name in names))  # together, or each alone
 TICKS = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 
 
 def some_shares():
-    """Shares of COMPONENTS [n, C], each row's sum 1: those of `default`, equal ones of any two or more components, and
-    DRAWN at random, of which half leave most of it to few."""
-    equal = np.array([row for row in itertools.product((0.0, 1.0), repeat=len(COMPONENTS)) if sum(row) > 1])
+    """Shares [n, C] of the components in DIVIDED, each row's sum 1: those of `default`, equal ones of any two or more,
+    and DRAWN at random, of which half leave most of it to few."""
+    equal = np.array([row for row in itertools.product((0.0, 1.0), repeat=len(DIVIDED)) if sum(row) > 1])
     rng = np.random.default_rng(0)
-    return np.concatenate([[list(COMPONENTS.values())], equal / equal.sum(1, keepdims=True),
-                           *(rng.dirichlet(np.full(len(COMPONENTS), each), DRAWN // 2) for each in (1, 0.2))])
+    return np.concatenate([[[SHARES.get(names, 0.0) for names in DIVIDED]], equal / equal.sum(1, keepdims=True),
+                           *(rng.dirichlet(np.full(len(DIVIDED), each), DRAWN // 2) for each in (1, 0.2))])
 
 
 def measured(calibrate, count):
     """{outliers, alone {component: pair}, controls {control: pair}, default: pair, combined [pair]}, of the
     scores that `pairs.halves` gives. Components are combined by the smallest weighted p as in `default`, at many
-    shares; p comes from ranks among `calibrate`."""
+    shares; p comes from ranks among `calibrate`, also of the sums of those that speak together."""
     def aurocs(scores):
         return [round(detection(scores["test"], scores[one], resamples=1)["auroc"], 4) for one in OUTLIERS]
 
@@ -41,8 +42,14 @@ def measured(calibrate, count):
     def combined(shares):
         weights = np.array([math.log(share) if share else -math.inf for share in shares])[:, None]
         return aurocs({one: (each + weights).max(0).round(9) for one, each in surprises.items()})  # ties stay ties
-    surprises = {one: -np.log([conformal_p_values((calibrate[name], np.arange(len(calibrate[name])), count[one][name]))
-                               for name in COMPONENTS]) for one in ("test", *OUTLIERS)}
+
+    def surprise(inliers, scores):
+        return -np.log(conformal_p_values((inliers, np.arange(len(inliers)), scores)))
+
+    def together(names, one):
+        sums = [sum(surprise(calibrate[name], of[name]) for name in names) for of in (calibrate, count[one])]
+        return surprise(*(sums if len(names) > 1 else (calibrate[names[0]], count[one][names[0]])))
+    surprises = {one: np.stack([together(names, one) for names in DIVIDED]) for one in ("test", *OUTLIERS)}
     return {"outliers": list(OUTLIERS), "alone": {name: alone(name) for name in COMPONENTS},
             "controls": {name: alone(name) for name in CONTROLS if name in calibrate and name not in COMPONENTS},
             "default": alone("default"),
