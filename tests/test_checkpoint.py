@@ -24,7 +24,7 @@ CONFIG = MODEL | {"data": "mnist", "sprite_factors": 4, "skip_bad": False, "dequ
 def saved(tmp_path):
     model = VAE(**MODEL)
     optimizer = torch.optim.Adam(model.parameters())
-    checkpoint.save(tmp_path / "ckpt.pt", model, optimizer, 7, CONFIG, 1.5)
+    checkpoint.save(tmp_path / "ckpt.pt", model.state_dict(), optimizer.state_dict(), 7, CONFIG, 1.5)
     return tmp_path / "ckpt.pt", model, optimizer
 
 
@@ -45,7 +45,7 @@ def test_full_disk_keeps_the_checkpoint_before(saved, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"No space left on device.*the one saved before is kept"):
-        checkpoint.save(path, model, optimizer, 8, CONFIG)
+        checkpoint.save(path, model.state_dict(), optimizer.state_dict(), 8, CONFIG)
     assert path.read_bytes() == before and os.listdir(path.parent) == ["ckpt.pt"]
 
 
@@ -106,7 +106,8 @@ def two(tmp_path):
     model = VAE(**MODEL)
     optimizer = torch.optim.Adam(model.parameters())
     for step, before in ((2, None), (7, 2), (9, 7)):
-        checkpoint.save(tmp_path / "ckpt.pt", model, optimizer, step, CONFIG, before=before, keep=2)
+        checkpoint.save(tmp_path / "ckpt.pt", model.state_dict(), optimizer.state_dict(), step, CONFIG, before=before,
+                        keep=2)
     return tmp_path / "ckpt.pt", (tmp_path / "ckpt.pt").read_bytes()
 
 
@@ -116,9 +117,10 @@ def test_as_many_checkpoints_are_kept_as_asked(two):
     assert checkpoint.load(path)["step"] == 9 and checkpoint.load(path.with_name("ckpt-7.pt"))["step"] == 7
     model = VAE(**MODEL)
     optimizer = torch.optim.Adam(model.parameters())
-    checkpoint.save(path, model, optimizer, 8, CONFIG, before=None, keep=2)  # 9 was damaged, 7 was resumed
+    states = model.state_dict(), optimizer.state_dict()
+    checkpoint.save(path, *states, 8, CONFIG, before=None, keep=2)  # 9 was damaged, 7 was resumed
     assert sorted(os.listdir(path.parent)) == ["ckpt-7.pt", "ckpt.pt"]
-    checkpoint.save(path, model, optimizer, 11, CONFIG, before=8, keep=1)
+    checkpoint.save(path, *states, 11, CONFIG, before=8, keep=1)
     assert os.listdir(path.parent) == ["ckpt.pt"]
 
 

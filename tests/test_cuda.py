@@ -60,7 +60,8 @@ def test_iw_nll(sample, x_order, mean_order, dtype):
             x, mean, log_ratio, log_gamma, True, return_squared_error=True), mean, ratio(b, k), log_of(gamma))
 
 
-@pytest.mark.parametrize("flags", [("--no-compile",), ("--compile",), ("--no-compile", "--amp")], ids=" ".join)
+@pytest.mark.parametrize("flags", [("--no-compile",), ("--compile",), ("--compile", "--precision", "tf32"),
+                                   ("--no-compile", "--precision", "bfloat16")], ids=" ".join)
 def test_training_learns_and_goes_on_bit_for_bit(command, tmp_path, flags):
     command(*TRAINING, *flags, "--out", tmp_path / "whole")
     log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]

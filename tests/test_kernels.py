@@ -9,12 +9,13 @@ import torch
 
 from tests.compare import DEVICE, triton  # noqa: F401
 from tests.conftest import ROOT
-from vae_ood import kernels, training
+from vae_ood import kernels
 from vae_ood.kernels import bench_kernels, use_triton
 from vae_ood.kernels.iw_nll import gaussian_log_likelihood, iw_nll
 from vae_ood.kernels.reparameterize import reparameterize
 from vae_ood.likelihood import evaluate
 from vae_ood.model import VAE
+from vae_ood.step import Objective
 
 
 @pytest.fixture
@@ -101,9 +102,9 @@ def test_data_get_no_gradient_on_either_path(monkeypatch, forced):
 
 
 @pytest.mark.parametrize("gamma", ["learned", "profiled"])
-@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.usefixtures("triton")
-def test_training_step_is_the_same_on_both_paths(monkeypatch, gamma, amp):
+def test_training_step_is_the_same_on_both_paths(monkeypatch, gamma, precision):
     torch.manual_seed(0)
     model = VAE((3, 9, 8), 0.1, 5, 0.1, learn_gamma=gamma == "learned").to(DEVICE, memory_format=torch.channels_last)
     x = torch.randint(256, (6, 3, 9, 8), dtype=torch.uint8).to(DEVICE, memory_format=torch.channels_last)
@@ -113,11 +114,12 @@ def test_training_step_is_the_same_on_both_paths(monkeypatch, gamma, amp):
     def step(forced):
         monkeypatch.setattr(kernels, "OVERRIDE", forced)
         probe = torch.zeros_like(eps, requires_grad=True)
-        kl, log_likelihood, squared_error = training.Objective(model)(x, eps, probe, amp)
-        loss = kl.sum() + (squared_error if gamma == "profiled" else -log_likelihood).sum()
-        return kl, log_likelihood, squared_error, *torch.autograd.grad(loss, [*parameters, probe])
+        objective = Objective(model, len(x), gamma == "profiled", precision)
+        loss, *others = objective(x, eps, probe, torch.tensor(1e-10, device=DEVICE))
+        return loss, *others, *torch.autograd.grad(loss, [*parameters, probe])
 
-    limits = {"rtol": 0.05, "atol": 0.05} if amp else {"rtol": 1e-4, "atol": 1e-5}  # bfloat16 weights' gradients
+    limits = {"float32": {"rtol": 1e-4, "atol": 1e-5},
+              "bfloat16": {"rtol": 0.05, "atol": 0.05}}[precision]  # of weights' gradients
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for ours, plain in zip(step(True), step(False), strict=True):
             torch.testing.assert_close(ours, plain, **limits)
@@ -128,11 +130,11 @@ def test_training_step_is_the_same_on_both_paths(monkeypatch, gamma, amp):
 def test_inductor_compiles_a_training_step_around_the_kernels():
     torch.manual_seed(0)
     model, eps = VAE((3, 8, 8), 0.1, 5, 0.1, learn_gamma=True).to(DEVICE), torch.randn(6, 5, device=DEVICE)
-    arguments = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, device=DEVICE), eps, torch.zeros_like(eps), False
-    losses, gradients, objective = [], [], training.Objective(model)
+    arguments = (torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, device=DEVICE), eps, torch.zeros_like(eps),
+                 torch.tensor(1.0, device=DEVICE))
+    losses, gradients, objective = [], [], Objective(model, 6)
     for terms in (objective, torch.compile(objective, fullgraph=True)):
-        kl, log_likelihood, _ = terms(*arguments)
-        losses.append((kl.sum(1) - log_likelihood).mean())
+        losses.append(terms(*arguments)[0])
         gradients.append(torch.autograd.grad(losses[-1], list(model.parameters())))
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
@@ -151,10 +153,10 @@ def test_evaluation_is_the_same_on_both_paths(monkeypatch, dequantize):
 
 
 def test_everything_runs_without_triton():
-    code = ("import sys; sys.modules['triton'] = None; import torch; from vae_ood import training\n"
+    code = ("import sys; sys.modules['triton'] = None; import torch; from vae_ood.step import Objective\n"
             "from vae_ood.model import VAE\n"
             "model, eps = VAE((1, 8, 8), 0.1, 2), torch.zeros(3, 2, requires_grad=True)\n"
             "x = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)\n"
-            "training.Objective(model)(x, eps, eps, False)[1].sum().backward()")
+            "Objective(model, 3)(x, eps, eps, torch.tensor(1.0))[0].backward()")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

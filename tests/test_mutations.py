@@ -165,7 +165,8 @@ def saved(tmp_path):
     model = VAE((1, 8, 8), 0.1, 2)
     config = {"data": "mnist", "sprite_factors": 4, "skip_bad": False, "dequantize": False, "seed": 0,
               "shape": [1, 8, 8], "alpha": 0.1, "kappa": 2}
-    checkpoint.save(tmp_path / "ckpt.pt", model, torch.optim.Adam(model.parameters()), 7, config)
+    checkpoint.save(tmp_path / "ckpt.pt", model.state_dict(), torch.optim.Adam(model.parameters()).state_dict(), 7,
+                    config)
     return tmp_path / "ckpt.pt"
 
 

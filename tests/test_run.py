@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 import run
-from vae_ood import UserError, checkpoint, evaluation, member, training
+from vae_ood import UserError, checkpoint, evaluation, member, step, training
 from vae_ood.bench import plain_loss
 from vae_ood.data.images import Images, Rows, batch_indices, to_unit
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES
+from vae_ood.step import MIN_GAMMA, Training, gamma_floor, learning_rate
 
 SHAPE = (1, 8, 8)
 
@@ -36,32 +37,32 @@ def test_batches_are_shuffled_epochs_that_depend_on_seed_and_step_alone():
 
 def test_schedules():
     args = SimpleNamespace(schedule="cosine", lr=0.1, iters=1000)
-    rates = [training.learning_rate(t, args) for t in range(1000)]
+    rates = [learning_rate(t, args) for t in range(1000)]
     assert rates[0] == pytest.approx(0.1 / 20) and max(rates) > 0.099 and 0 < rates[-1] < 1e-5
     assert np.argmax(rates) in (19, 20) and all(np.diff(rates[20:]) < 0)
-    assert training.learning_rate(0, SimpleNamespace(schedule="constant", lr=0.1)) == 0.1
+    assert learning_rate(0, SimpleNamespace(schedule="constant", lr=0.1)) == 0.1
     for iters, length in ((9000, 2000), (3000, 2000), (300, 200)):
-        floors = [training.gamma_floor(t, SimpleNamespace(gamma="homotopy", iters=iters)) for t in range(iters)]
+        floors = [gamma_floor(t, SimpleNamespace(gamma="homotopy", iters=iters)) for t in range(iters)]
         bend = length * 5 // 14
         fast, slow = np.diff(np.log(floors[:bend])), np.diff(np.log(floors[bend + 1:length + 1]))
         assert floors[0] == 1
         np.testing.assert_allclose(fast, -14 / length)
         np.testing.assert_allclose(slow, -2 / (length * 9 / 14))
         np.testing.assert_allclose(floors[length:], math.exp(-7))
-    assert training.gamma_floor(3, SimpleNamespace(gamma="optimal", iters=10)) == training.MIN_GAMMA
+    assert gamma_floor(3, SimpleNamespace(gamma="optimal", iters=10)) == MIN_GAMMA
 
 
 def tiny(**changes):
     """A `Training` on six random images, all of them in each step."""
     args = {"alpha": 0.1, "kappa": 3, "gamma": "optimal", "schedule": "constant", "iters": 100, "batch_size": 6,
-            "lr": 1e-3, "seed": 0, "amp": False, "dequantize": False, "compile": False} | changes
+            "lr": 1e-3, "seed": 0, "precision": "float32", "dequantize": False, "compile": False} | changes
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, *SHAPE), np.uint8))
-    return training.Training(SimpleNamespace(**args), images, torch.device("cpu"))
+    return Training(SimpleNamespace(**args), images, torch.device("cpu"))
 
 
 def plain_terms(one, step):
     """Of a step, in other words: squared error [B, C, H, W], KL [B, kappa], z, from the images and noise of `one`."""
-    x, eps = one.batch(step)
+    x, eps = one.batches(step)
     mu, log_sigma = one.model.encode(x)
     z = mu + log_sigma.exp() * eps
     error = (to_unit(x) - one.model.decode(z).sigmoid()).square()
@@ -70,34 +71,34 @@ def plain_terms(one, step):
 
 def test_optimal_gamma_has_the_value_and_gradient_of_the_profiled_loss():
     one = tiny()
-    loss, mse, gamma, kl, _ = one.backward(0)
+    loss, mse, gamma, kl, _ = one.backward(*one.prepare(0))
     error, divergence, _ = plain_terms(one, 0)
     profiled = 0.5 * math.prod(SHAPE) * torch.log(2 * math.pi * math.e * error.mean()) + divergence.sum(1).mean()
     torch.testing.assert_close((loss, mse, gamma), (profiled.detach(), error.mean().detach(), error.mean().detach()))
-    torch.testing.assert_close(kl, divergence.mean(0).detach())
+    torch.testing.assert_close(kl, divergence.detach())
     for ours, theirs in zip(one.trained, torch.autograd.grad(profiled, one.trained), strict=True):
         torch.testing.assert_close(ours.grad, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_floor_bounds_gamma_from_below():
-    _, mse, gamma, _, _ = tiny(gamma="homotopy").backward(0)
+    one = tiny(gamma="homotopy")
+    _, mse, gamma, _, _ = one.backward(*one.prepare(0))
     assert gamma.item() == 1 and mse < 1
 
 
 def test_learned_gamma_has_its_minimum_at_the_mse():
     one = tiny(gamma="learn")
-    mse = one.backward(0)[1]
+    mse = one.backward(*one.prepare(0)).mse
     with torch.no_grad():
         one.model.log_gamma.copy_(mse.log())
-    one.optimizer.zero_grad()
-    gamma = one.backward(0)[2]
+    gamma = one.backward(*one.prepare(0)).gamma
     assert gamma == pytest.approx(mse.item())
     assert one.model.log_gamma.grad.item() == pytest.approx(0, abs=1e-4)
 
 
 def test_the_logged_gradient_at_z_is_that_of_each_image_s_own_loss():
     one = tiny(gamma=0.05)
-    ours = one.backward(0)[4]
+    ours = one.backward(*one.prepare(0)).probe.grad.norm(dim=1).sum()
     error, _, z = plain_terms(one, 0)
     gradient, = torch.autograd.grad(error.sum() / (2 * 0.05), z)
     torch.testing.assert_close(ours, gradient.norm(dim=1).mean(), rtol=1e-4, atol=1e-5)
@@ -110,12 +111,12 @@ def test_twenty_steps_are_those_of_the_plain_formulation(gamma):
     optimizer = torch.optim.Adam(plain.trained, lr=1e-3, foreach=False)
     plain.model.to(memory_format=torch.contiguous_format)
     for step in range(20):
-        one.update(step, one.backward(step)[1])
-        x, eps = plain.batch(step)
+        one.step(step)
+        x, eps = plain.batches(step)
         if gamma == "homotopy":
             with torch.no_grad():
                 error = plain_terms(plain, step)[0].mean()
-                plain.model.log_gamma.copy_(error.clamp(min=training.gamma_floor(step, plain.args)).log())
+                plain.model.log_gamma.copy_(error.clamp(min=gamma_floor(step, plain.args)).log())
         optimizer.zero_grad()
         plain_loss(plain.model, to_unit(x), eps).backward()
         optimizer.step()
@@ -126,7 +127,7 @@ def test_twenty_steps_are_those_of_the_plain_formulation(gamma):
 def options(**more):
     return SimpleNamespace(**{
         "data": "x", "sprite_factors": 4, "skip_bad": False, "dequantize": False, "alpha": 0.1, "kappa": 2,
-        "gamma": "optimal", "schedule": "constant", "batch_size": 4, "lr": 1e-3, "seed": 0, "amp": False,
+        "gamma": "optimal", "schedule": "constant", "batch_size": 4, "lr": 1e-3, "seed": 0, "precision": "float32",
         "compile": False, "checkpoint_seconds": 60, "keep": 1, "keep_at": [], "recipe": "fast"} | more)
 
 
@@ -151,7 +152,7 @@ def test_a_run_goes_on_with_its_own_size(tmp_path):
     for name, config, expected in (("old", {}, (70, 90)), ("new", {"size": [8, 9], "crop": "pad"}, (8, 9))):
         out = tmp_path / name
         out.mkdir()
-        checkpoint.save(out / "ckpt.pt", torch.nn.Linear(1, 1), SimpleNamespace(state_dict=dict), 1, config)
+        checkpoint.save(out / "ckpt.pt", torch.nn.Linear(1, 1).state_dict(), {}, 1, config)
         args = SimpleNamespace(**asked, size=None, resume=True)
         assert run.read(args, out).pixels.shape[2:] == expected
         assert (args.size, args.crop) == (config.get("size"), config.get("crop"))
@@ -175,7 +176,7 @@ def test_a_training_of_hours_says_what_makes_it_shorter(tmp_path, monkeypatch, c
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     args = options(iters=200, checkpoint_seconds=0)
     images = torch.randint(256, (20, *SHAPE), dtype=torch.uint8)
-    monkeypatch.setattr(training, "learning_rate", lambda step, args: 1e-3 if step < 60 else math.inf)
+    monkeypatch.setattr(step, "learning_rate", lambda step, args: 1e-3 if step < 60 else math.inf)
     with pytest.raises(UserError, match=r"training diverged: .* at step 61; .*ckpt\.pt keeps the last good state"):
         training.train(args, images, tmp_path, torch.device("cpu"))
     state = checkpoint.load(tmp_path / "ckpt.pt")
@@ -219,9 +220,9 @@ def test_scores_are_fitted_to_more_training_images_than_are_evaluated(tmp_path, 
 
 def test_a_density_narrower_than_a_level_has_its_likelihood_in_nats_alone(tmp_path, capsys):
     args = SimpleNamespace(data="x", sprite_factors=4, skip_bad=False, dequantize=False, alpha=0.1, kappa=2, gamma=1e-6,
-                           schedule="constant", iters=2, batch_size=4, lr=1e-3, seed=0, amp=False, compile=False,
-                           checkpoint_seconds=99, keep=1, keep_at=[], recipe="fast", iw_samples=1, max_images=None,
-                           scores=["nll"])
+                           schedule="constant", iters=2, batch_size=4, lr=1e-3, seed=0, precision="float32",
+                           compile=False, checkpoint_seconds=99, keep=1, keep_at=[], recipe="fast", iw_samples=1,
+                           max_images=None, scores=["nll"])
     images = torch.randint(256, (20, *SHAPE), dtype=torch.uint8)
     model, config = training.train(args, images, tmp_path, torch.device("cpu"))
     assert [json.loads(line)["bpd"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [None, None]

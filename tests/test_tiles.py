@@ -30,6 +30,7 @@ from vae_ood.detector import Detector
 from vae_ood.features import Features, Part
 from vae_ood.model import VAE
 from vae_ood.scores import COMPONENTS
+from vae_ood.step import Training
 
 CPU = torch.device("cpu")
 
@@ -113,14 +114,14 @@ def test_a_training_on_tiles_resumes_bit_for_bit(tmp_path, monkeypatch):
         return config, checkpoint.load(out / "ckpt.pt")["model"]
     config, expected = trained("whole", pictures[order])
     assert (config["shape"], config["tile"], config["picture"]) == ([1, 8, 8], 8, [1, 20, 30])
-    update, step = training.Training.update, []
+    update, step = Training.update, []
 
     def interrupted(self, *rest):
         update(self, *rest)
         step.append(rest[0])
         if len(step) == 3:
             signal.raise_signal(signal.SIGTERM)
-    monkeypatch.setattr(training.Training, "update", interrupted)
+    monkeypatch.setattr(Training, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trained("parts", Rows(pictures, order))
     assert checkpoint.load(tmp_path / "parts" / "ckpt.pt")["step"] == 3
