@@ -63,8 +63,8 @@ class Gaussian(Density):
 
 
 class Halves(Gaussian):
-    """The sum of the squared Mahalanobis distances of a row's two halves, which are of equal width, each by a Gaussian of its
-    own."""
+    """The sum of the squared Mahalanobis distances of a row's two halves, which are of equal width, each by a Gaussian
+    of its own."""
 
     @classmethod
     def fit(cls, x):

@@ -19,8 +19,8 @@ from vae_ood.patches import LEAST, Patches
 from vae_ood.pca import Mahalanobis, Neighbour, Principal, Residual
 
 # The components of `default`, and their shares of the false alarms. What is shown is seldom told by one component
-# alone: those that see it in part speak together, and have most. One that sees its outliers far beyond all inliers needs
-# but a small share.
+# alone: those that see it in part speak together, and have most. One that sees its outliers far beyond all inliers
+# needs but a small share.
 SHARES = {("layout", "joint", "image_cells"): 0.7, ("texture",): 0.1, ("noise",): 0.1, ("edges",): 0.05,
           ("contrast",): 0.05}
 COMPONENTS = tuple(component for together in SHARES for component in together)
