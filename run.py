@@ -158,6 +158,8 @@ def describe(parts, args):
 def main(args):
     evaluation.check_scores(args)
     device = pick_device(args.device)
+    if args.precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 needs an NVIDIA GPU: give float32 or bfloat16")
     if args.batch_size < WORLD:
         raise UserError(f"--batch-size {args.batch_size}: each of the {WORLD} workers needs an image of a step")
     own, args.scores = args.data not in NAMED, args.scores or evaluation.evaluated(args.tile)

@@ -1,5 +1,6 @@
 """Saving is atomic and loading is safe."""
 
+import copy
 import errno
 import fcntl
 import math
@@ -34,6 +35,26 @@ def test_what_is_saved_is_loaded(saved):
     assert config == CONFIG and split is None and checkpoint.load(path)["step"] == 7
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_a_copy_is_of_the_state_then(saved):
+    _, model, optimizer = saved
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    states = [model.state_dict(), optimizer.state_dict()]
+    copies, before = checkpoint.copied(states), copy.deepcopy(states)
+    optimizer.step()
+    for copied, old, now in zip(*(torch.utils._pytree.tree_leaves(one) for one in (copies, before, states)),
+                                strict=True):
+        assert copied is None or (torch.equal(copied, old) and copied.stride() == now.stride()
+                                  if isinstance(old, torch.Tensor) else copied == old)
+
+
+def test_precision_was_once_called_amp(saved):
+    path, model, optimizer = saved
+    for amp, precision in ((True, "bfloat16"), (False, "float32")):
+        checkpoint.save(path, model.state_dict(), optimizer.state_dict(), 7, CONFIG | {"amp": amp})
+        assert checkpoint.load(path)["config"] == CONFIG | {"precision": precision}
 
 
 def test_full_disk_keeps_the_checkpoint_before(saved, monkeypatch):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import run
-from vae_ood import UserError, checkpoint, evaluation, member, step, training
+from vae_ood import UserError, checkpoint, evaluation, member, training
 from vae_ood.bench import plain_loss
 from vae_ood.data.images import Images, Rows, batch_indices, to_unit
 from vae_ood.model import VAE
@@ -124,6 +125,45 @@ def test_twenty_steps_are_those_of_the_plain_formulation(gamma):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+class Count(TorchDispatchMode):
+    """Counts the operators but those that only look at memory in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.n += not (function.is_view or function.namespace == "profiler" or "detach" in str(function))
+        return result
+
+
+def test_a_captured_step_asks_little_of_the_host():
+    """To take its inputs, which have come for 50 steps at once, to start it, and to copy the loss."""
+    one, sent = tiny(gamma="homotopy"), []
+    send, one.batches.sent = one.batches.sent, lambda values: sent.append(len(values)) or send(values)
+    inputs, terms = one.prepare(2), one.step(2)
+    one.inputs, one.terms, one.graph = [value.clone() for value in inputs], terms, SimpleNamespace(replay=list)
+    one.graphed, one.lr = True, torch.tensor(0.0)
+    with Count() as captured:
+        found = one.step(3)
+    assert captured.n <= 8
+    assert torch.equal(one.inputs[0], one.batches(3)[0]) and torch.equal(one.inputs[1], one.batches(3)[1])
+    assert found.loss == terms.loss and found.loss is not terms.loss
+    assert one.lr == pytest.approx(1e-3) and one.floor == pytest.approx(gamma_floor(3, one.args))
+    for step in range(4, 100):
+        one.batches(step)
+    assert sent == [50, 50, 48, 48]
+
+
+def test_each_step_has_its_own_images_and_noise_wherever_a_run_begins():
+    one, other = tiny(), tiny()
+    for step in (0, 49, 50, 99):
+        ours, theirs = one.batches(step), (tiny() if step == 49 else other).batches(step)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(one.batches(3)[1], one.batches(4)[1])
+
+
 def options(**more):
     return SimpleNamespace(**{
         "data": "x", "sprite_factors": 4, "skip_bad": False, "dequantize": False, "alpha": 0.1, "kappa": 2,
@@ -176,7 +216,7 @@ def test_a_training_of_hours_says_what_makes_it_shorter(tmp_path, monkeypatch, c
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     args = options(iters=200, checkpoint_seconds=0)
     images = torch.randint(256, (20, *SHAPE), dtype=torch.uint8)
-    monkeypatch.setattr(step, "learning_rate", lambda step, args: 1e-3 if step < 60 else math.inf)
+    monkeypatch.setattr("vae_ood.step.learning_rate", lambda step, args: 1e-3 if step < 60 else math.inf)
     with pytest.raises(UserError, match=r"training diverged: .* at step 61; .*ckpt\.pt keeps the last good state"):
         training.train(args, images, tmp_path, torch.device("cpu"))
     state = checkpoint.load(tmp_path / "ckpt.pt")

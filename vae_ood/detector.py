@@ -93,8 +93,8 @@ class Detector:
         args = SimpleNamespace(
             data="images", sprite_factors=4, skip_bad=False, dequantize=False, alpha=alpha, kappa=kappa, gamma=None,
             schedule=None, iters=iters, batch_size=64, lr=None, seed=seed, precision="float32",
-            recipe=recipe, compile=None, checkpoint_seconds=math.inf, keep=1, keep_at=[], folds=1, range=None, cache=None, max_images=None,
-            tile=tile, group_by="near" if groups is None else "labels", iw_samples=16)
+            recipe=recipe, compile=None, checkpoint_seconds=math.inf, keep=1, keep_at=[], folds=1, range=None,
+            cache=None, max_images=None, tile=tile, group_by="near" if groups is None else "labels", iw_samples=16)
         complete(args)
         pixels, args.size, args.crop = sized(
             images, [size, size] if isinstance(size, int) else WHOLE if tile and size == AUTO else size, crop)
