@@ -235,8 +235,10 @@ def left_out(found):
         lines += [f"### {data}", "", *markdown(
             ["left out", "`default`", *(f"{name} (control)" for name in controls), "best other score", "verdict",
              "FPR95", f"flagged at {100 * RATE:g}%"],
-            [[pair.name, *(f"{pair.mean(score):.4f}" for score in ("default", *controls)), pair.named(False),
-              pair.verdict(), *pair.rates()] for pair in rows]), ""]
+            [*([pair.name, *(f"{pair.mean(score):.4f}" for score in ("default", *controls)), pair.named(False),
+                pair.verdict(), *pair.rates()] for pair in rows),
+             ["their mean", *(f"{statistics.mean(pair.mean(score) for pair in rows):.4f}"
+                              for score in ("default", *controls)), "", "", "", ""]]), ""]
     return lines
 
 
