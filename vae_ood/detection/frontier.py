@@ -76,8 +76,9 @@ def lines(runs):
         f"A dot is a score of {run['data']}, seed {run['seed']}: across, its AUROC on the {n[across]:,} images of "
         f"{across}, up, on the {n[up]:,} of {up}, both development, against every other test image "
         f"({n['test'] // 2:,}). Gray are {len(one['combined'])} combinations of `default`'s components, the smallest "
-        "weighted p-value of each, or of the sum of those that speak together (by ranks among the other test images, in place of `default`'s fitted tails) at shares that "
-        "are its own, equal, or drawn at random, and judged on these very outliers. "
+        "weighted p-value of each, or of the sum of those that speak together (by ranks among the other test images, "
+        "in place of `default`'s fitted tails), at shares that are its own, equal, or drawn at random, and judged on "
+        "these very outliers. "
         f"`default` lies at {x:.4f} and {y:.4f}: {as_good or 'none'} of the {len(pairs)} combinations and single "
         f"components {'is' if as_good < 2 else 'are'} as good on both, the best of those that are as good on {across} "
         f"has {on_up} on {up}, and the best of those that are as good on {up} has {on_across} on {across}.", ""]
