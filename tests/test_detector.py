@@ -107,6 +107,7 @@ def test_p_values_flags_and_reasons(detector):
     np.testing.assert_array_equal(detector.predict(new, fpr=0.1), p <= 0.1)
     np.testing.assert_array_equal(detector.predict(new, fdr=0.2), benjamini_hochberg(p, 0.2))
     found = detector.explain(new)
+    assert {*COMPONENTS, PATCHES} == set(WORDS)
     assert [one["p_value"] for one in found] == p.tolist() and set(found[0]["components"]) == {*COMPONENTS, PATCHES}
     for one in found:
         assert one["reconstruction"].shape == (16, 12, 3) and one["speaks"] in WORDS.values()

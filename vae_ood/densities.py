@@ -190,7 +190,7 @@ class Tail(Density):
         inliers = x.sort().values
         threshold = inliers.quantile(1 - cls.SHARE)
         excess = inliers[inliers > threshold] - threshold
-        n = max(1e-9, len(excess))  # of none, hardly more can be said than that they are beyond all
+        n = max(1e-9, len(excess))  # of none: the shape is huge, and nothing rises beyond
         mean = (excess.sum() / n).clamp(min=1e-12)
         beyond = 1 - (torch.arange(len(excess), dtype=x.dtype) + 0.65) / n  # the probability beyond each
         shape = (2 - mean / (mean - 2 * (excess * beyond).sum() / n)).clamp(0, 0.99)

@@ -32,8 +32,8 @@ from vae_ood.training import train
 
 FORMAT = 5  # 1 had no `view`, 2 neither maps nor patches, 3 and 4 other components
 LEAST_THINGS = 5  # of which is said whether as a set they are like the training data
-WORDS = {"layout": "what lies where", "texture": "fine texture", "edges": "straight edges",
-         "contrast": "contrast", "noise": "noise of a region", "joint": "an unusual combination",
+WORDS = {"layout": "what lies where", "joint": "an unusual combination", "image_cells": "fine structure by place",
+         "texture": "fine texture", "noise": "noise of a region", "edges": "straight edges", "contrast": "contrast",
          "image_patches": "fine structure at a place"}  # what a component of `default` speaks of
 
 

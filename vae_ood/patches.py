@@ -83,7 +83,8 @@ class Scale(torch.nn.Module):
         scale = cls(plan, whitening(log_picture(images, plan[:2]), p).cpu())
         scale.gaussian = Gaussian.fit(scale.cells(images))
         distances = scale.distances(unseen["images"], images.device)
-        scale.steady.fill_(bool(len(distances) and distances.std() < distances.mean()))  # of tiles: maxima always are
+        # of tiles, as it is: the largest of some spread little anyway
+        scale.steady.fill_(bool(len(distances) and distances.std() < distances.mean()))
         scale.tail = Tail.fit(torch.from_numpy(of_pictures(distances, unseen)))
         return scale
 

@@ -85,9 +85,9 @@ class Combined(torch.nn.Module):
     def said(self, name, features):
         """{name: scores [N]}: the score's own, and its components' as name.component."""
         parts = {component: fitted(features) for component, fitted in self.components.items()}
-        said, scores = self.surprises(parts), []
+        surprises, scores = self.surprises(parts), []
         for names, share in SHARES.items():
-            score = sum(said[component] for component in names)
+            score = sum(surprises[component] for component in names)
             scores.append((self.tails["+".join(names)](score) if len(names) > 1 else score) + math.log(share))
         score = torch.stack(scores).amax(0)
         if self.patches.holds:
@@ -96,19 +96,16 @@ class Combined(torch.nn.Module):
         return {name: score.numpy()} | {f"{name}.{component}": part for component, part in parts.items()}
 
     def surprises(self, parts):
-        """{component: -log p [N]} of the components' scores {component: [N]}, beside those of the patches, which are
-        surprises themselves, a QUARTER of that."""
-        found = {component: self.tails[component](torch.from_numpy(part)) for component, part in parts.items()
-                 if component != PATCHES}
-        if PATCHES not in parts:
-            return found
-        return {component: QUARTER * of for component, of in found.items()} | {
-            PATCHES: torch.from_numpy(parts[PATCHES])}
+        """{component: -log p [N]} of the components' scores {component: [N]}: a QUARTER of that where the patches' are
+        among them, which are surprises themselves."""
+        weight = QUARTER if PATCHES in parts else 1
+        return {component: torch.from_numpy(part) if component == PATCHES
+                else weight * self.tails[component](torch.from_numpy(part)) for component, part in parts.items()}
 
 
 def every_fifth(groups):
-    """Which of the training images [N] belong to every fifth thing, or are every fifth where these things are few, or
-    far from a fifth of the images."""
+    """Which of the training images [N] belong to every fifth thing; where these things are few, or far from a fifth of
+    the images, which are every fifth, whatever they show."""
     things = np.unique(groups, return_inverse=True)[1]
     kept = things % 5 == 1
     return kept if things.max() > 8 and 0.1 < kept.mean() < 0.4 else np.arange(len(things)) % 5 == 1

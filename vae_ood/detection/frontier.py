@@ -47,8 +47,8 @@ def measured(calibrate, count):
         return -np.log(conformal_p_values((inliers, np.arange(len(inliers)), scores)))
 
     def together(names, one):
-        sums = [sum(surprise(calibrate[name], of[name]) for name in names) for of in (calibrate, count[one])]
-        return surprise(*(sums if len(names) > 1 else (calibrate[names[0]], count[one][names[0]])))
+        return surprise(*(sum(surprise(calibrate[name], of[name]) for name in names).round(9)  # ties stay ties
+                          for of in (calibrate, count[one])))
     surprises = {one: np.stack([together(names, one) for names in DIVIDED]) for one in ("test", *OUTLIERS)}
     return {"outliers": list(OUTLIERS), "alone": {name: alone(name) for name in COMPONENTS},
             "controls": {name: alone(name) for name in CONTROLS if name in calibrate and name not in COMPONENTS},
@@ -76,8 +76,9 @@ def lines(runs):
         f"A dot is a score of {run['data']}, seed {run['seed']}: across, its AUROC on the {n[across]:,} images of "
         f"{across}, up, on the {n[up]:,} of {up}, both development, against every other test image "
         f"({n['test'] // 2:,}). Gray are {len(one['combined'])} combinations of `default`'s components, the smallest "
-        "weighted p-value (by ranks among the other test images, in place of `default`'s fitted tails) at shares that "
-        "are its own, equal, or drawn at random, and judged on these very outliers. "
+        "weighted p-value of each, or of the sum of those that speak together (by ranks among the other test images, "
+        "in place of `default`'s fitted tails), at shares that are its own, equal, or drawn at random, and judged on "
+        "these very outliers. "
         f"`default` lies at {x:.4f} and {y:.4f}: {as_good or 'none'} of the {len(pairs)} combinations and single "
         f"components {'is' if as_good < 2 else 'are'} as good on both, the best of those that are as good on {across} "
         f"has {on_up} on {up}, and the best of those that are as good on {up} has {on_across} on {across}.", ""]
