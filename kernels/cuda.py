@@ -25,6 +25,12 @@ def chosen():
     return IMPLEMENTATION == "cuda"
 
 
+def prepare(device):
+    """Build what VAE_OOD_KERNELS asks for, before there is work for it; Unavailable if that cannot be had."""
+    if chosen():
+        extension(device)
+
+
 @functools.cache
 def extension(device):
     """The module of iw_nll.cu for a CUDA device; Unavailable if it cannot be built."""
@@ -37,8 +43,8 @@ def extension(device):
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line for line in lines if re.search(r"\berror\b|not found|cannot find", line)), lines[0])
         raise Unavailable(
-            f"VAE_OOD_KERNELS=cuda: the kernels cannot be built ({reason.strip()}); have ninja, a C++ compiler and nvcc "
-            f"of CUDA {torch.version.cuda} on the PATH, or unset VAE_OOD_KERNELS for the Triton kernels") from error
+            f"VAE_OOD_KERNELS=cuda: the kernels cannot be built ({reason.strip()}); have ninja, a C++ compiler and the "
+            f"nvcc of CUDA {torch.version.cuda} on the PATH, or unset VAE_OOD_KERNELS for Triton's kernels") from error
 
 
 def _call(x, mean, logits):

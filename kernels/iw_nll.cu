@@ -92,7 +92,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
         .def(pybind11::init([](uintptr_t x, uintptr_t mean, bool x_is_uint8, int mean_type, int64_t x_stride,
                                int64_t mean_stride_b, int64_t mean_stride_k, int64_t b, int k, int d, bool logits,
                                uintptr_t stream) {
-            return Call{x, mean, x_is_uint8, mean_type, x_stride, mean_stride_b, mean_stride_k, b, k, d, logits, stream};
+            return Call{x, mean, x_is_uint8, mean_type, x_stride, mean_stride_b, mean_stride_k, b, k, d, logits,
+                        stream};
         }));
     module.def("forward", run_forward);
     module.def("backward", run_backward);
