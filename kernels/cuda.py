@@ -11,6 +11,7 @@ import torch
 
 IMPLEMENTATION = os.environ.get("VAE_OOD_KERNELS") or "triton"  # of iw_nll on CUDA tensors
 MEAN_TYPES = torch.float32, torch.bfloat16, torch.float16
+FLAGS = ["-ftz=true"]  # no more instructions for denormal numbers than for others
 BLOCKS = 1024  # at least, where there are as many tiles: some 8 for each multiprocessor of a large GPU
 
 
@@ -38,13 +39,14 @@ def extension(device):
     try:
         from torch.utils.cpp_extension import load
         return load(f"vae_ood_iw_nll_sm{major}{minor}", [str(Path(__file__).with_name("iw_nll.cu"))],
-                    extra_cuda_cflags=[f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"])
+                    extra_cuda_cflags=[*FLAGS, f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"])
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line for line in lines if re.search(r"\berror\b|not found|cannot find", line)), lines[0])
         raise Unavailable(
-            f"VAE_OOD_KERNELS=cuda: the kernels cannot be built ({reason.strip()}); have ninja, a C++ compiler and the "
-            f"nvcc of CUDA {torch.version.cuda} on the PATH, or unset VAE_OOD_KERNELS for Triton's kernels") from error
+            f"VAE_OOD_KERNELS=cuda: the kernels cannot be built ({reason.strip()}); have ninja and a C++ compiler on the "
+            f"PATH and set CUDA_HOME to the folder of CUDA {torch.version.cuda}, or unset VAE_OOD_KERNELS for Triton's "
+            "kernels") from error
 
 
 def _call(x, mean, logits):

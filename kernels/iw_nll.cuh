@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -43,7 +44,12 @@ __device__ __forceinline__ void assign(__half& to, float value) { to = __float2h
 __device__ __forceinline__ void assign(__nv_bfloat16& to, float value) { to = __float2bfloat16_rn(value); }
 
 __device__ __forceinline__ float pixel(float value) { return value; }
-__device__ __forceinline__ float pixel(uint8_t value) { return value * (1 / 255.0f); }
+__device__ __forceinline__ float pixel(uint8_t value) {
+    const uint32_t bits = 0x4b000000 | value;  // 2^23 + value: conversions run in the unit that the sigmoids fill
+    float shifted;
+    memcpy(&shifted, &bits, sizeof(shifted));
+    return (shifted - 8388608) * (1 / 255.0f);
+}
 
 __device__ __forceinline__ float sigmoid(float logit) {
 #ifdef __CUDA_ARCH__  // two operations of the special function unit; the exact quotient would bound the kernel

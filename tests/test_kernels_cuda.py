@@ -27,7 +27,7 @@ def functions(request, tmp_path_factory):
     file = tmp_path_factory.mktemp("cuda") / "iw_nll.cubin"
     include = Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]
     subprocess.run([nvcc_home() / "bin/nvcc", "-std=c++17", "-cubin", f"-arch=sm_{request.param}", "-o", file,
-                    "-DTORCH_EXTENSION_NAME=iw_nll", *(f"-I{folder}" for folder in include), *torch_flags(),
+                    "-DTORCH_EXTENSION_NAME=iw_nll", *(f"-I{folder}" for folder in include), *torch_flags(), *cuda.FLAGS,
                     ROOT / "kernels/iw_nll.cu"], check=True, capture_output=True, text=True, timeout=1000)
     usage, code = (subprocess.check_output([tools / "cuobjdump", option, file], text=True)
                    for option in ("-res-usage", "-sass"))
