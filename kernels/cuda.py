@@ -44,9 +44,9 @@ def extension(device):
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line for line in lines if re.search(r"\berror\b|not found|cannot find", line)), lines[0])
         raise Unavailable(
-            f"VAE_OOD_KERNELS=cuda: the kernels cannot be built ({reason.strip()}); have ninja and a C++ compiler on the "
-            f"PATH and set CUDA_HOME to the folder of CUDA {torch.version.cuda}, or unset VAE_OOD_KERNELS for Triton's "
-            "kernels") from error
+            f"VAE_OOD_KERNELS=cuda: the kernels cannot be built ({reason.strip()}); have ninja and a C++ compiler on "
+            f"the PATH and set CUDA_HOME to the folder of CUDA {torch.version.cuda}, or unset VAE_OOD_KERNELS for "
+            "Triton's kernels") from error
 
 
 def _call(x, mean, logits):
