@@ -12,7 +12,7 @@ import torch
 IMPLEMENTATION = os.environ.get("VAE_OOD_KERNELS") or "triton"  # of iw_nll on CUDA tensors
 MEAN_TYPES = torch.float32, torch.bfloat16, torch.float16
 FLAGS = ["-ftz=true"]  # no more instructions for denormal numbers than for others
-BLOCKS = 1024  # at least, where there are as many tiles: some 8 for each multiprocessor of a large GPU
+BLOCKS = 1024  # among which few images are shared: some 8 for each multiprocessor of a large GPU
 
 
 class Unavailable(RuntimeError):
@@ -24,6 +24,11 @@ def chosen():
     if IMPLEMENTATION not in ("triton", "cuda"):
         raise Unavailable(f"VAE_OOD_KERNELS={IMPLEMENTATION}: there are no such kernels; set it to triton or cuda")
     return IMPLEMENTATION == "cuda"
+
+
+def readable(x):
+    """x, or a copy as float32 where the kernels are CUDA C++ and read no such pixels."""
+    return x.float() if chosen() and x.dtype != torch.uint8 else x
 
 
 def prepare(device):
@@ -50,18 +55,16 @@ def extension(device):
 
 
 def _call(x, mean, logits):
-    """What the module's functions take first. x [B, *S] is uint8 or float32; its samples lie in memory as the mean's
+    """The fields of a Call in iw_nll.cu. x [B, *S] is uint8 or float32; its samples lie in memory as the mean's
     [B, K, *S], whose samples are one run each."""
     b, k, *shape = mean.shape
-    return extension(mean.device).Call(
-        x.data_ptr(), mean.data_ptr(), x.dtype == torch.uint8, MEAN_TYPES.index(mean.dtype), x.stride(0),
-        *mean.stride()[:2], b, k, math.prod(shape), logits, torch.cuda.current_stream(mean.device).cuda_stream)
+    return (x.data_ptr(), mean.data_ptr(), x.dtype == torch.uint8, MEAN_TYPES.index(mean.dtype), x.stride(0),
+            *mean.stride()[:2], b, k, math.prod(shape), logits, torch.cuda.current_stream(mean.device).cuda_stream)
 
 
 def forward(x, mean, log_ratio, log_gamma, logits):
     """`vae_ood::iw_nll` for dense means, and x and log_ratio in their order."""
-    x, log_gamma = x if x.dtype == torch.uint8 else x.float(), log_gamma.float()
-    log_ratio = None if log_ratio is None else log_ratio.float()
+    log_gamma, log_ratio = log_gamma.float(), None if log_ratio is None else log_ratio.float()
     b, k = mean.shape[:2]
     blocks = max(1, min(-(-k // 4), BLOCKS // max(b, 1)))
     squared_error, of_blocks = (x.new_empty((b, n), dtype=torch.float32) for n in (k, blocks))
@@ -75,6 +78,5 @@ def forward(x, mean, log_ratio, log_gamma, logits):
 
 def backward(x, mean, grad_squared_error, grad_mean, logits):
     """Fill grad_mean, contiguous in the order of the dense mean, from grad_squared_error [B, K], float32."""
-    x = x if x.dtype == torch.uint8 else x.float()
     with torch.cuda.device_of(mean):
         extension(mean.device).backward(_call(x, mean, logits), grad_squared_error.data_ptr(), grad_mean.data_ptr())

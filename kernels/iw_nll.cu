@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <tuple>
 
 #include "iw_nll.cuh"
 
@@ -19,13 +20,19 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, uintptr_t stream,
 
 struct Call {
     uintptr_t x, mean;
-    bool x_is_uint8;   // else float32
-    int mean_type;     // 0: float32, 1: bfloat16, 2: float16
+    bool x_is_uint8;  // else float32
+    int mean_type;    // 0: float32, 1: bfloat16, 2: float16
     int64_t x_stride, mean_stride_b, mean_stride_k, b;
     int k, d;
     bool logits;
     uintptr_t stream;
 };
+using Fields = std::tuple<uintptr_t, uintptr_t, bool, int, int64_t, int64_t, int64_t, int64_t, int, int, bool,
+                          uintptr_t>;
+
+Call call_of(const Fields& fields) {
+    return std::apply([](auto... field) { return Call{field...}; }, fields);
+}
 
 // Calls f with the images as their types are, and as `V` the values of a 16-byte load of the means, or 1 where d or an
 // address does not allow it.
@@ -42,16 +49,14 @@ void with_width(const Call& call, F f) {
         f(images, std::integral_constant<int, V>());
 }
 
-template <typename X, typename F>
-void with_mean_type(const Call& call, F f) {
-    if (call.mean_type == 0) with_width<X, float>(call, f);
-    else if (call.mean_type == 1) with_width<X, __nv_bfloat16>(call, f);
-    else with_width<X, __half>(call, f);
-}
-
 template <typename F>
 void with_types(const Call& call, F f) {
-    call.x_is_uint8 ? with_mean_type<uint8_t>(call, f) : with_mean_type<float>(call, f);
+    const auto with_pixels = [&](auto pixel) {
+        if (call.mean_type == 0) with_width<decltype(pixel), float>(call, f);
+        else if (call.mean_type == 1) with_width<decltype(pixel), __nv_bfloat16>(call, f);
+        else with_width<decltype(pixel), __half>(call, f);
+    };
+    call.x_is_uint8 ? with_pixels(uint8_t()) : with_pixels(float());
 }
 
 template <int V, int S, typename X, typename T, typename... A>
@@ -61,8 +66,9 @@ void launch_forward(const Call& call, Images<X, T> images, int blocks, A... argu
 
 float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
 
-void run_forward(const Call& call, uintptr_t log_ratio, uintptr_t log_gamma, uintptr_t squared_error,
+void run_forward(const Fields& fields, uintptr_t log_ratio, uintptr_t log_gamma, uintptr_t squared_error,
                  uintptr_t nll_of_blocks, uintptr_t nll, int blocks) {
+    const Call call = call_of(fields);
     with_types(call, [&](auto images, auto width) {
         const auto run = [&](auto samples) {
             launch_forward<width, samples>(call, images, blocks, floats(log_ratio), floats(log_gamma),
@@ -81,20 +87,14 @@ void launch_backward(const Call& call, Images<X, T> images, uintptr_t grad_squar
            reinterpret_cast<T*>(grad_mean));
 }
 
-void run_backward(const Call& call, uintptr_t grad_squared_error, uintptr_t grad_mean) {
+void run_backward(const Fields& fields, uintptr_t grad_squared_error, uintptr_t grad_mean) {
+    const Call call = call_of(fields);
     with_types(call, [&](auto images, auto width) {
         launch_backward<width>(call, images, grad_squared_error, grad_mean);
     });
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-    pybind11::class_<Call>(module, "Call")
-        .def(pybind11::init([](uintptr_t x, uintptr_t mean, bool x_is_uint8, int mean_type, int64_t x_stride,
-                               int64_t mean_stride_b, int64_t mean_stride_k, int64_t b, int k, int d, bool logits,
-                               uintptr_t stream) {
-            return Call{x, mean, x_is_uint8, mean_type, x_stride, mean_stride_b, mean_stride_k, b, k, d, logits,
-                        stream};
-        }));
     module.def("forward", run_forward);
     module.def("backward", run_backward);
 }

@@ -153,7 +153,7 @@ def forward(x: torch.Tensor, mean_or_logits: torch.Tensor, log_prior_minus_log_q
     """Launch the forward kernels: (NLL [B] in nats, squared errors [B, K]), float32."""
     b, k, d = *mean_or_logits.shape[:2], math.prod(x.shape[1:])
     mean = _dense(mean_or_logits)
-    x = _in_order_of(mean, x)
+    x = _in_order_of(mean, cuda.readable(x))
     log_ratio = None if log_prior_minus_log_q is None else log_prior_minus_log_q.contiguous()
     if cuda.chosen():
         return cuda.forward(x, mean, log_ratio, log_gamma, logits)
@@ -182,7 +182,7 @@ def squared_error_backward(x: torch.Tensor, mean_or_logits: torch.Tensor, grad_s
     b, k, d = *grad_squared_error.shape, math.prod(x.shape[1:])
     mean = _dense(mean_or_logits)
     grad = _gradient_like(mean)
-    x = _in_order_of(mean, x)
+    x = _in_order_of(mean, cuda.readable(x))
     grad_squared_error = grad_squared_error.float().contiguous()
     if cuda.chosen():
         cuda.backward(x, mean, grad_squared_error, grad, logits)
