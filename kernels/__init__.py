@@ -20,7 +20,7 @@ except ImportError:  # there are wheels for Linux only; elsewhere every op takes
             return function or triton.jit
 
 
-OVERRIDE = None  # True: always Triton, False: never; for tests
+OVERRIDE = None  # True: always a kernel, False: never; for tests
 
 
 @functools.cache
@@ -36,12 +36,14 @@ def driver_starts():
     return True
 
 
-def use_triton(tensor):
-    """Whether an op on `tensor` runs as a Triton kernel: on CUDA, unless it is float64, where torch is as exact as the
-    caller asks for, or Triton's driver does not start. Elsewhere plain torch is as fast, and torch.compile fuses it."""
+def use_kernel(tensor, needs_triton=True):
+    """Whether an op on `tensor` runs as a kernel: on CUDA, unless it is float64, where torch is as exact as the caller
+    asks for, or needs Triton, whose driver does not start. Elsewhere plain torch is as fast, and torch.compile fuses
+    it."""
     if OVERRIDE is not None:
         return OVERRIDE
-    return tl is not None and tensor.is_cuda and tensor.dtype != torch.float64 and driver_starts()
+    return tensor.is_cuda and tensor.dtype != torch.float64 and (
+        not needs_triton or (tl is not None and driver_starts()))
 
 
 def accumulation_dtype(tensor):
@@ -49,4 +51,4 @@ def accumulation_dtype(tensor):
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-__all__ = ["accumulation_dtype", "tl", "triton", "use_triton"]
+__all__ = ["accumulation_dtype", "tl", "triton", "use_kernel"]

@@ -1,8 +1,9 @@
 """Benchmarks of the fused ops: pytest kernels/bench_kernels.py
 
-On CUDA: eager torch, torch.compile and the Triton kernels, with the bandwidth that each reaches and its peak memory;
-on a CPU: eager against compiled torch. Prints a table and writes it to runs/kernels_<device>.csv. The bytes are the
-op's inputs and outputs, each moved once; the floor is their time at 3.35 TB/s (the HBM3 of an H100 SXM).
+On CUDA: eager torch, torch.compile, the Triton kernels and, where they can be built, those in CUDA C++, with the
+bandwidth that each reaches and its peak memory; on a CPU: eager against compiled torch. Prints a table and writes it to
+runs/kernels_<device>.csv. The bytes are the op's inputs and outputs, each moved once; the floor is their time at
+3.35 TB/s (the HBM3 of an H100 SXM).
 
 python -m kernels.bench_kernels prints the bytes of every op and size: results/kernels.md.
 """
@@ -10,6 +11,7 @@ python -m kernels.bench_kernels prints the bytes of every op and size: results/k
 import csv
 import functools
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import torch._functorch.config
 import torch.utils.benchmark
 
 from vae_ood import kernels  # not relative: pytest takes this file for kernels.bench_kernels, and OVERRIDE counts here
+from vae_ood.kernels import cuda
 from vae_ood.kernels.iw_nll import gaussian_log_likelihood, iw_nll, tile
 from vae_ood.kernels.reparameterize import reparameterize
 
@@ -112,6 +115,20 @@ def peak_memory(function):
 
 
 @functools.cache
+def paths(op):
+    """What computes the op here."""
+    if not CUDA:
+        return "eager", "compiled"
+    try:
+        if op != "reparameterize":
+            cuda.extension(DEVICE)
+            return "eager", "compiled", "triton", "cuda"
+    except cuda.Unavailable as error:
+        warnings.warn(str(error), stacklevel=1)
+    return "eager", "compiled", "triton"
+
+
+@functools.cache
 def copy_bandwidth():
     """Bytes a second (read and written) of a copy from device memory to device memory."""
     source = torch.empty(2**30 if CUDA else 2**26, dtype=torch.uint8, device=DEVICE)
@@ -138,7 +155,7 @@ def table(request):
 def show(rows, path):
     """Print the table."""
     print(f"\n{NAME}, torch {torch.__version__}, copy {copy_bandwidth() / 1e9:.0f} GB/s; eager, compiled"
-          + (" and Triton" if CUDA else ": no GPU here, the Triton kernels are not timed") + f"; {path}")
+          + (", Triton and CUDA C++" if CUDA else ": no GPU here, the kernels are not timed") + f"; {path}")
     print(f"{'op':<24}{'direction':<10}{'B':>7}{'K':>6}{'d':>6} {'dtype':<9}{'path':<9}{'us':>10}{'GB/s':>7}"
           f"{'of copy':>8}{'floor us':>9}{'peak MB':>9}")
     for row in rows:
@@ -151,8 +168,9 @@ def show(rows, path):
 def test_speed(op, b, k, d, dtype, table, monkeypatch):
     """Time, bandwidth and peak memory of one op and size on every path; on a GPU, Triton's against the targets."""
     shares, peaks = {}, {}
-    for path in ("eager", "compiled", "triton") if CUDA else ("eager", "compiled"):
-        monkeypatch.setattr(kernels, "OVERRIDE", path == "triton")
+    for path in paths(op):
+        monkeypatch.setattr(kernels, "OVERRIDE", path in ("triton", "cuda"))
+        monkeypatch.setattr(cuda, "IMPLEMENTATION", "cuda" if path == "cuda" else "triton")
         torch.compiler.reset()
         function, leaves = problem(op, b, k, d, dtype)
         run = torch.compile(function, fullgraph=True, dynamic=False) if path == "compiled" else function

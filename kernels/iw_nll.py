@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from . import accumulation_dtype, tl, triton, use_triton
+from . import accumulation_dtype, cuda, tl, triton, use_kernel
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -153,8 +153,10 @@ def forward(x: torch.Tensor, mean_or_logits: torch.Tensor, log_prior_minus_log_q
     """Launch the forward kernels: (NLL [B] in nats, squared errors [B, K]), float32."""
     b, k, d = *mean_or_logits.shape[:2], math.prod(x.shape[1:])
     mean = _dense(mean_or_logits)
-    x = _in_order_of(mean, x)
+    x = _in_order_of(mean, cuda.readable(x))
     log_ratio = None if log_prior_minus_log_q is None else log_prior_minus_log_q.contiguous()
+    if cuda.chosen():
+        return cuda.forward(x, mean, log_ratio, log_gamma, logits)
     config = tile(k, d, mean.element_size())
     tiles = -(-k // config["TILE"])
     squared_error, nll = (x.new_empty((b, n), dtype=torch.float32) for n in (k, tiles))
@@ -180,13 +182,16 @@ def squared_error_backward(x: torch.Tensor, mean_or_logits: torch.Tensor, grad_s
     b, k, d = *grad_squared_error.shape, math.prod(x.shape[1:])
     mean = _dense(mean_or_logits)
     grad = _gradient_like(mean)
-    x = _in_order_of(mean, x)
+    x = _in_order_of(mean, cuda.readable(x))
+    grad_squared_error = grad_squared_error.float().contiguous()
+    if cuda.chosen():
+        cuda.backward(x, mean, grad_squared_error, grad, logits)
+        return grad
     config = tile(k, d, mean.element_size())
     tiles = -(-k // config["TILE"])
     with torch.cuda.device_of(mean):
         _backward_kernel[(b * tiles * -(-d // config["BLOCK"]),)](
-            x, mean, grad_squared_error.float().contiguous(), grad, x.stride(0), *mean.stride()[:2], k, tiles, d,
-            logits, **config)
+            x, mean, grad_squared_error, grad, x.stride(0), *mean.stride()[:2], k, tiles, d, logits, **config)
     return grad
 
 
@@ -238,7 +243,7 @@ def iw_nll(x, mean_or_logits, log_prior_minus_log_q, log_gamma, logits=False, re
     if log_gamma.dim() or log_gamma.device != mean_or_logits.device:
         raise ValueError(f"log_gamma is of shape {tuple(log_gamma.shape)} on {log_gamma.device}: expected a scalar on "
                          f"{mean_or_logits.device}")
-    op = forward if use_triton(mean_or_logits) else iw_nll_ref
+    op = forward if use_kernel(mean_or_logits, needs_triton=not cuda.chosen()) else iw_nll_ref
     nll, squared_error = op(x.detach(), mean_or_logits, ratio, log_gamma, logits)
     return (nll, squared_error) if return_squared_error else nll
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import accumulation_dtype, tl, triton, use_triton
+from . import accumulation_dtype, tl, triton, use_kernel
 
 
 def kl_per_dim(mu, log_sigma):
@@ -153,5 +153,5 @@ def reparameterize(mu, log_sigma, eps, per_dim=False):
     if mu.shape != log_sigma.shape or mu.dim() != 2 or eps.shape != mu.shape:
         raise ValueError(f"mu {tuple(mu.shape)}, log_sigma {tuple(log_sigma.shape)} and eps {tuple(eps.shape)} do not "
                          "fit: all are [B, kappa]")
-    op = forward if use_triton(mu) else reparameterize_ref
+    op = forward if use_kernel(mu) else reparameterize_ref
     return op(mu, log_sigma, eps.detach(), per_dim)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.compare import assert_matches, triton  # noqa: F401
+from tests.compare import assert_matches, cuda_cpp, each, triton  # noqa: F401
 from tests.conftest import ROOT
 from tests.test_kernels_iw_nll import CL, log_of, problem, ratio
 from tests.test_kernels_reparameterize import leaves
@@ -42,7 +42,7 @@ def test_reparameterize(shape, dtype):
 @DTYPES
 @pytest.mark.parametrize(("sample", "x_order", "mean_order"), SAMPLES, ids=str)
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32], ids=str)
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("each")
 def test_gaussian_log_likelihood(sample, x_order, mean_order, dtype, pixels):
     for b, gamma in ((1, 1e-6), (5, 0.0055), (64, 1.0)):
         x, mean = problem(b, sample, x_order, mean_order, None, dtype, pixels)
@@ -52,7 +52,7 @@ def test_gaussian_log_likelihood(sample, x_order, mean_order, dtype, pixels):
 
 @DTYPES
 @pytest.mark.parametrize(("sample", "x_order", "mean_order"), SAMPLES, ids=str)
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("each")
 def test_iw_nll(sample, x_order, mean_order, dtype):
     for b, k, gamma in ((1, 1, 0.0055), (3, 17, 0.1), (64, 5, 1e-4)):
         x, mean = problem(b, sample, x_order, mean_order, k, dtype)

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from vae_ood.detector import Detector
 
+SOURCES = ".py", ".cu", ".cuh"
 SCRIPT = """
 import sys, vae_ood
 assert "torch" not in sys.modules
@@ -37,9 +38,10 @@ def test_an_installed_detector_works_anywhere_beside_another_package_called_kern
         (copy / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([sys.executable, "-m", "pip", "--isolated", "install", "-q", "--no-index", "--no-deps",
                     "--no-build-isolation", "--disable-pip-version-check", "--target", site, copy], check=True)
-    ours = {name.removeprefix("vae_ood/") for name in tracked if name.endswith(".py")
+    ours = {name.removeprefix("vae_ood/") for name in tracked if name.endswith(SOURCES)
             and name.startswith(("vae_ood/", "kernels/"))}
-    assert {path.relative_to(site / "vae_ood").as_posix() for path in site.rglob("*.py")} == ours
+    assert {path.relative_to(site / "vae_ood").as_posix() for path in site.rglob("*")
+            if path.suffix in SOURCES} == ours
 
     (site / "kernels").mkdir()
     (site / "kernels/__init__.py").write_text("THEIRS = 'theirs'")

@@ -10,7 +10,7 @@ import torch
 from tests.compare import DEVICE, triton  # noqa: F401
 from tests.conftest import ROOT
 from vae_ood import kernels
-from vae_ood.kernels import bench_kernels, use_triton
+from vae_ood.kernels import bench_kernels, use_kernel
 from vae_ood.kernels.iw_nll import gaussian_log_likelihood, iw_nll
 from vae_ood.kernels.reparameterize import reparameterize
 from vae_ood.likelihood import evaluate
@@ -66,10 +66,10 @@ def test_triton_runs_on_cuda_unless_float64_or_missing(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(kernels, "driver_starts", lambda: True)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        assert not use_triton(torch.zeros(1, dtype=dtype))
-        assert use_triton(SimpleNamespace(is_cuda=True, dtype=dtype)) == (dtype != torch.float64)
+        assert not use_kernel(torch.zeros(1, dtype=dtype))
+        assert use_kernel(SimpleNamespace(is_cuda=True, dtype=dtype)) == (dtype != torch.float64)
     monkeypatch.setattr(kernels, "tl", None)
-    assert not use_triton(SimpleNamespace(is_cuda=True, dtype=torch.float32))
+    assert not use_kernel(SimpleNamespace(is_cuda=True, dtype=torch.float32))
 
 
 def test_plain_torch_runs_where_the_driver_of_triton_does_not_start(monkeypatch):
@@ -81,7 +81,7 @@ def test_plain_torch_runs_where_the_driver_of_triton_does_not_start(monkeypatch)
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_device=no_compiler))
     kernels.driver_starts.cache_clear()
     with pytest.warns(UserWarning, match="plain torch instead of .* C compiler"):
-        assert not use_triton(SimpleNamespace(is_cuda=True, dtype=torch.float32))
+        assert not use_kernel(SimpleNamespace(is_cuda=True, dtype=torch.float32))
     compiled = torch.compile(lambda x: x + kernels.driver_starts(), fullgraph=True, backend="aot_eager")
     assert float(compiled(torch.zeros(()))) == 0
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from tests.compare import DEVICE, assert_matches, triton  # noqa: F401
+from tests.compare import DEVICE, assert_matches, cuda_cpp, each, triton  # noqa: F401
 from vae_ood.kernels.iw_nll import (
     _combine_kernel,
     forward,
@@ -47,7 +47,7 @@ def ratio(b, k, scale=3.0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("sample", "x_order", "mean_order"), ORDERS, ids=str)
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("each")
 def test_kernel_matches_float64(sample, x_order, mean_order, dtype):
     for b, k, gamma, pixels, logits in ((1, 1, 0.0055, torch.uint8, True), (3, 5, 0.1, torch.uint8, True),
                                         (1, 17, 10.0, torch.float32, False), (5, 2, 1e-6, torch.uint8, True)):
@@ -61,7 +61,7 @@ def test_kernel_matches_float64(sample, x_order, mean_order, dtype):
 
 
 @pytest.mark.parametrize("k", [1, 3, 4, 5, 64])
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("each")
 def test_extreme_weights(k):
     x, mean = problem(3, (2,), k=k)
     for scale in (1.0, 1e4):
@@ -77,7 +77,7 @@ def test_extreme_weights(k):
 
 
 @pytest.mark.parametrize("order", [None, CL])
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("each")
 def test_means_that_overlap_or_are_spread_in_memory(order):
     x, whole = problem(3, (3, 4, 5), None, order, k=6)
     whole = whole.detach()
@@ -88,7 +88,7 @@ def test_means_that_overlap_or_are_spread_in_memory(order):
                        mean.requires_grad_())
 
 
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("each")
 def test_gradient_lies_in_memory_like_the_mean():
     for order in (CL, torch.contiguous_format):
         x, mean = problem(2, (3, 8, 8), None, order)
@@ -96,7 +96,7 @@ def test_gradient_lies_in_memory_like_the_mean():
         assert gradient.stride() == mean.stride()
 
 
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("each")
 def test_any_strides_are_read():
     whole = torch.randint(256, (8, 3, 9, 10), dtype=torch.uint8, device=DEVICE)
     mean = torch.randn(4, 10, 9, 3, device=DEVICE).permute(0, 3, 2, 1).requires_grad_()
@@ -109,7 +109,7 @@ def test_any_strides_are_read():
             assert_matches(lambda m: (gaussian_log_likelihood(x, m, log_of(0.1), True),), m)
 
 
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("each")
 def test_extreme_logits_saturate():
     x = torch.tensor([[0, 255, 128]], dtype=torch.uint8, device=DEVICE)
     for value in (-200.0, 200.0):
@@ -128,7 +128,7 @@ def test_tiles_are_combined(tiles):
     torch.testing.assert_close(nll, -(-of_tiles).logsumexp(1), rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("each")
 def test_no_weight_at_all_is_an_infinite_nll_of_that_sample_alone():
     x, mean = problem(2, (4,), k=9)
     log_ratio = ratio(2, 9).detach()
@@ -168,7 +168,7 @@ def test_gradients_of_the_reference_are_numerical_ones_and_the_self_normalised_w
     torch.testing.assert_close(torch.autograd.grad(nll.sum(), arguments[1])[0], -weights)
 
 
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("each")
 def test_compiles_without_a_graph_break_and_passes_opcheck():
     x, mean = problem(3, (3, 6, 6), None, CL, k=5)
     leaves = mean, ratio(3, 5), log_of(0.1)

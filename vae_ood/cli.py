@@ -152,8 +152,11 @@ def keep_freed_memory():
 
 
 def pick_device(name):
-    """The torch device of --device, made deterministic; UserError where cuda is asked for and there is none."""
+    """The torch device of --device, made deterministic; UserError where cuda, or a kernel, is asked for and there is
+    none."""
     import torch
+
+    from vae_ood.kernels import cuda
     torch.backends.cudnn.deterministic = True  # a resumed run repeats an uninterrupted one bit for bit
     keep_freed_memory()
     if name == "cuda" and not torch.cuda.is_available():
@@ -164,7 +167,12 @@ def pick_device(name):
         raise UserError(f"{LOCAL_WORLD} workers on a machine of {torch.cuda.device_count()} GPUs: give torchrun a "
                         "smaller --nproc-per-node, or --device cpu")
     torch.cuda.set_device(LOCAL_RANK)
-    return torch.device("cuda", LOCAL_RANK)
+    device = torch.device("cuda", LOCAL_RANK)
+    try:
+        cuda.prepare(device)
+    except cuda.Unavailable as error:
+        raise UserError(str(error)) from None
+    return device
 
 
 def make_folder(path):
