@@ -419,8 +419,8 @@ def test_the_others_share_little_beside_patches_that_hold():
     combined.patches = torch.nn.Module()
     combined.patches.holds = False
     alone = combined(some)
-    np.testing.assert_allclose(said["default"], np.maximum(alone + math.log(0.01),
-                                                           said["default.image_patches"] + math.log(0.99)))
+    np.testing.assert_allclose(said["default"], np.maximum(alone + math.log(0.02),
+                                                           said["default.image_patches"] + math.log(0.98)))
 
 
 def test_default_is_fitted_and_judged_on_other_things():

@@ -24,7 +24,7 @@ from vae_ood.pca import Mahalanobis, Neighbour, Principal, Residual
 SHARES = {("layout", "joint", "image_cells"): 0.7, ("texture",): 0.1, ("noise",): 0.1, ("edges",): 0.05,
           ("contrast",): 0.05}
 COMPONENTS = tuple(component for together in SHARES for component in together)
-PATCHES, BESIDE = "image_patches", 0.01  # another component, where it holds, and what all others then share
+PATCHES, BESIDE = "image_patches", 0.02  # another component, where it holds, and what all others then share
 
 
 def read(features, names):
