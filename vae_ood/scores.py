@@ -101,8 +101,8 @@ class Combined(torch.nn.Module):
 
 
 def every_fifth(groups):
-    """Which of the training images [N] belong to every fifth thing; where these things are few, or far from a fifth of
-    the images, which are every fifth, whatever they show."""
+    """Which of the training images [N] belong to every fifth thing; or every fifth image, whatever it shows, where
+    there are few things, or these have far from a fifth of the images."""
     things = np.unique(groups, return_inverse=True)[1]
     kept = things % 5 == 1
     return kept if things.max() > 8 and 0.1 < kept.mean() < 0.4 else np.arange(len(things)) % 5 == 1
