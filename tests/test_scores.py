@@ -406,7 +406,7 @@ def test_default_is_the_smallest_weighted_p_of_images_that_its_components_were_n
         np.testing.assert_array_equal(again(some), combined(some))
 
 
-def test_the_others_count_a_quarter_beside_patches_that_hold():
+def test_the_others_share_little_beside_patches_that_hold():
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(100, 140, (60, 1, 16, 16), np.uint8))  # alike everywhere
     train, some = (Made(made_up_features(rng, len(part)) | {"images": part}) for part in (images[:40], images[40:]))
@@ -414,13 +414,13 @@ def test_the_others_count_a_quarter_beside_patches_that_hold():
     assert combined.patches.holds
     said = combined.said("default", some)
     parts = {name: said[f"default.{name}"] for name in scores.COMPONENTS}
-    surprises, beside = combined.surprises(parts), combined.surprises(parts | {"image_patches": parts["layout"]})
-    np.testing.assert_array_equal(beside["layout"], surprises["layout"] / 4)
-    np.testing.assert_array_equal(beside["image_patches"], parts["layout"])
+    surprises = combined.surprises(parts | {"image_patches": parts["layout"]})
+    np.testing.assert_array_equal(surprises["image_patches"], parts["layout"])
     combined.patches = torch.nn.Module()
     combined.patches.holds = False
     alone = combined(some)
-    np.testing.assert_allclose(said["default"], np.maximum(alone / 4, said["default.image_patches"]))
+    np.testing.assert_allclose(said["default"], np.maximum(alone + math.log(0.02),
+                                                           said["default.image_patches"] + math.log(0.98)))
 
 
 def test_default_is_fitted_and_judged_on_other_things():

@@ -178,7 +178,7 @@ p { margin: 0.2rem 0; max-width: 75ch; overflow-wrap: anywhere; }
 .legend { margin: 0.8rem 0; color: var(--quiet); font-size: 0.8125rem; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: middle; }
+th, td { padding: 0.3rem 0.4rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: middle; }
 thead th { background: var(--page); vertical-align: bottom; font-size: 0.8125rem; }
 .text { text-align: left; }
 tbody .text { min-width: 9rem; max-width: 20rem; overflow-wrap: anywhere; font-weight: normal; }
@@ -195,7 +195,7 @@ button:focus-visible, .table:focus-visible { outline: 2px solid var(--edge); }
 button::after { content: "\\00a0\\2195"; color: var(--quiet); }
 [aria-sort=ascending] button::after { content: "\\00a0\\25b2"; color: inherit; }
 [aria-sort=descending] button::after { content: "\\00a0\\25bc"; color: inherit; }
-@media screen and (min-width: 92rem) { .table { overflow: visible; } thead th { position: sticky; top: 0; } }
+@media screen and (min-width: 95rem) { .table { overflow: visible; } thead th { position: sticky; top: 0; } }
 @media print { @page { size: landscape; margin: 1cm; } body, .legend, thead th { font-size: 8pt; }
   tr { break-inside: avoid; } .table { overflow: visible; } button { display: contents; }
   button::after { display: none; } * { print-color-adjust: exact; } }
@@ -241,7 +241,7 @@ def report(path, rows, title, lines):
     heads = [f'<th scope="col" class="{kind}" data-key="{escaped(key)}"><button type="button">'
              f'{label}</button></th>' for key, label, kind in (
                  ("name", "name", "text"), ("p_value", "p-value", "number"), ("score", "score", "number"),
-                 *((f"p_{name}", "p_" + escaped(name).replace("_", "_<br>"), "number") for name in parts),
+                 *((f"p_{name}", f"p_{escaped(name)}".replace("_", "_<br>"), "number") for name in parts),
                  ("likeness", "likeness", "number"))]
     heads[1] = heads[1].replace(" data-key", ' aria-sort="ascending" data-key')  # as they come
     if parts:

@@ -24,8 +24,7 @@ from vae_ood.pca import Mahalanobis, Neighbour, Principal, Residual
 SHARES = {("layout", "joint", "image_cells"): 0.7, ("texture",): 0.1, ("noise",): 0.1, ("edges",): 0.05,
           ("contrast",): 0.05}
 COMPONENTS = tuple(component for together in SHARES for component in together)
-PATCHES = "image_patches"  # another component, where it holds, beside which the others together count a QUARTER
-QUARTER = 1 / 4
+PATCHES, BESIDE = "image_patches", 0.02  # another component, where it holds, and what all others then share
 
 
 def read(features, names):
@@ -92,20 +91,18 @@ class Combined(torch.nn.Module):
         score = torch.stack(scores).amax(0)
         if self.patches.holds:
             parts[PATCHES] = self.patches(features)
-            score = torch.maximum(QUARTER * score, torch.from_numpy(parts[PATCHES]))
+            score = torch.maximum(score + math.log(BESIDE), torch.from_numpy(parts[PATCHES]) + math.log(1 - BESIDE))
         return {name: score.numpy()} | {f"{name}.{component}": part for component, part in parts.items()}
 
     def surprises(self, parts):
-        """{component: -log p [N]} of the components' scores {component: [N]}: a QUARTER of that where the patches' are
-        among them, which are surprises themselves."""
-        weight = QUARTER if PATCHES in parts else 1
+        """{component: -log p [N]} of the components' scores {component: [N]}; those of the patches are surprises."""
         return {component: torch.from_numpy(part) if component == PATCHES
-                else weight * self.tails[component](torch.from_numpy(part)) for component, part in parts.items()}
+                else self.tails[component](torch.from_numpy(part)) for component, part in parts.items()}
 
 
 def every_fifth(groups):
-    """Which of the training images [N] belong to every fifth thing; where these things are few, or far from a fifth of
-    the images, which are every fifth, whatever they show."""
+    """Which of the training images [N] belong to every fifth thing; or every fifth image, whatever it shows, where
+    there are few things, or these have far from a fifth of the images."""
     things = np.unique(groups, return_inverse=True)[1]
     kept = things % 5 == 1
     return kept if things.max() > 8 and 0.1 < kept.mean() < 0.4 else np.arange(len(things)) % 5 == 1
@@ -156,7 +153,7 @@ SCORES = {
         share of the false alarms (SHARES): minus the log of the smallest weighted p (doi 10.1093/biomet/93.3.509).
         Those of one share are summed, and the sum's surprise counts. p comes from images that the components were not
         fitted to (`Score.fit`). Where the training images show the same place by place, as those of parts do
-        (`Scale.holds`), it is the larger of a quarter of that and the patches' score.
+        (`Scale.holds`), the patches are heard too, and all others share BESIDE of the false alarms.
 
         Equal shares dilute what one component sees: each must stand out from the false alarms of all. It is not a
         p-value itself: eval.py calibrates it on inliers that it has not seen, which keeps the false-alarm rate.""",
