@@ -114,14 +114,14 @@ def test_a_training_on_tiles_resumes_bit_for_bit(tmp_path, monkeypatch):
         return config, checkpoint.load(out / "ckpt.pt")["model"]
     config, expected = trained("whole", pictures[order])
     assert (config["shape"], config["tile"], config["picture"]) == ([1, 8, 8], 8, [1, 20, 30])
-    update, step = Training.update, []
+    take, step = Training.step, []
 
-    def interrupted(self, *rest):
-        update(self, *rest)
-        step.append(rest[0])
+    def interrupted(self, number):
+        step.append(number)
         if len(step) == 3:
             signal.raise_signal(signal.SIGTERM)
-    monkeypatch.setattr(Training, "update", interrupted)
+        return take(self, number)
+    monkeypatch.setattr(Training, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trained("parts", Rows(pictures, order))
     assert checkpoint.load(tmp_path / "parts" / "ckpt.pt")["step"] == 3
