@@ -522,7 +522,7 @@ def test_nan_pixels(command, tmp_path):
 def test_own_data_end_to_end(command, tmp_path):
     np.save(tmp_path / "mine.npy", load("sprites", "test").pixels[:200, 0, ::2, ::2])
     result = command(*TINY, "--data", tmp_path / "mine.npy", "--recipe", "fast", "--iters", 20, "--out", tmp_path / "r",
-                     "--dequantize", "--amp", "--iw-samples", 1)
+                     "--dequantize", "--precision", "bfloat16", "--iw-samples", 1)
     assert re.search(r"^200 pictures show about (19\d|200) things: (19|20) whole things", result.stdout, re.MULTILINE)
     assert "noise" in result.stdout and "constant" in result.stdout
 
