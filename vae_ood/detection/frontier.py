@@ -26,7 +26,7 @@ def some_shares():
     equal = np.array([row for row in itertools.product((0.0, 1.0), repeat=len(DIVIDED)) if sum(row) > 1])
     rng = np.random.default_rng(0)
     return np.concatenate([[[SHARES.get(names, 0.0) for names in DIVIDED]], equal / equal.sum(1, keepdims=True),
-                           *(rng.dirichlet(np.full(len(DIVIDED), each), DRAWN // 2) for each in (1, 0.2))])
+                           *(rng.dirichlet(np.full(len(DIVIDED), each), DRAWN // 2) for each in (1, 0.1))])
 
 
 def measured(calibrate, count):
