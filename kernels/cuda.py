@@ -33,7 +33,7 @@ def readable(x):
 
 def prepare(device):
     """Build what VAE_OOD_KERNELS asks for, before there is work for it; Unavailable if that cannot be had."""
-    if chosen():
+    if chosen() and device.type == "cuda":
         extension(device)
 
 
@@ -58,8 +58,10 @@ def _call(x, mean, logits):
     """The fields of a Call in iw_nll.cu. x [B, *S] is uint8 or float32; its samples lie in memory as the mean's
     [B, K, *S], whose samples are one run each."""
     b, k, *shape = mean.shape
-    return (x.data_ptr(), mean.data_ptr(), x.dtype == torch.uint8, MEAN_TYPES.index(mean.dtype), x.stride(0),
-            *mean.stride()[:2], b, k, math.prod(shape), logits, torch.cuda.current_stream(mean.device).cuda_stream)
+    of_x, of_b, of_k = (stride if size > 1 else 0 for size, stride in (  # which says nothing of a single one
+        (b, x.stride(0)), (b, mean.stride(0)), (k, mean.stride(1))))
+    return (x.data_ptr(), mean.data_ptr(), x.dtype == torch.uint8, MEAN_TYPES.index(mean.dtype), of_x, of_b, of_k,
+            b, k, math.prod(shape), logits, torch.cuda.current_stream(mean.device).cuda_stream)
 
 
 def forward(x, mean, log_ratio, log_gamma, logits):

@@ -13,7 +13,7 @@
 namespace iw_nll {
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
-constexpr int LOADS = 4;  // 16-byte loads that a thread has in flight: 280 threads hide the memory's latency
+constexpr int LOADS = 4;  // 16-byte loads that a thread has in flight
 constexpr float LOG_2PI = 1.8378770664093453f;
 
 template <typename X, typename T>

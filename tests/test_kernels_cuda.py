@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_pixels_of_other_types_are_read_in_any_order_of_memory():
     pixels, mean = problem(4, (3, 8, 8), torch.channels_last, torch.channels_last, 5, pixels=torch.float16)
     for x in (pixels[:1].expand(4, -1, -1, -1), pixels.repeat(2, 1, 1, 1)[::2], pixels.double()):
         assert_matches(lambda mean: iw_nll(x, mean, None, log_of(0.1).detach(), return_squared_error=True), mean)
+
+
+def test_one_code_an_image_is_read_16_bytes_at_a_time_as_many_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    x, mean = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, 3, 32, 32)
+    x, mean = (t.contiguous(memory_format=torch.channels_last) for t in (x, mean))
+    for b in (1, 4):  # strides of a dimension of size 1 are arbitrary: 3 here, which is no multiple of 16 bytes
+        strides = cuda._call(x[:b], mean[:b].unsqueeze(1), True)[4:7]
+        assert strides == ((0, 0, 0) if b == 1 else (3072, 3072, 0))
 
 
 def test_other_kernels_are_refused_by_name(monkeypatch):

@@ -53,12 +53,12 @@ def test_schedules():
     assert gamma_floor(3, SimpleNamespace(gamma="optimal", iters=10)) == MIN_GAMMA
 
 
-def tiny(**changes):
+def tiny(device="cpu", **changes):
     """A `Training` on six random images, all of them in each step."""
     args = {"alpha": 0.1, "kappa": 3, "gamma": "optimal", "schedule": "constant", "iters": 100, "batch_size": 6,
             "lr": 1e-3, "seed": 0, "precision": "float32", "dequantize": False, "compile": False} | changes
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, *SHAPE), np.uint8))
-    return Training(SimpleNamespace(**args), images, torch.device("cpu"))
+    return Training(SimpleNamespace(**args), images, torch.device(device))
 
 
 def plain_terms(one, step):
@@ -141,7 +141,7 @@ class Count(TorchDispatchMode):
 def test_a_captured_step_asks_little_of_the_host():
     """To take its inputs, which have come for 50 steps at once, to start it, and to copy the loss."""
     one, sent = tiny(gamma="homotopy"), []
-    send, one.batches.sent = one.batches.sent, lambda values: sent.append(len(values)) or send(values)
+    send, one.batches.to_device = one.batches.sent, lambda values: sent.append(len(values)) or send(values)
     inputs, terms = one.prepare(2), one.step(2)
     one.inputs, one.terms, one.graph = [value.clone() for value in inputs], terms, SimpleNamespace(replay=list)
     one.graphed, one.lr = True, torch.tensor(0.0)

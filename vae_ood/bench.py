@@ -71,7 +71,6 @@ def images(n, shape):
 
 def matrix_product(device, shape, alpha):
     """Seconds an operation of the fastest of some float32 matrix products (inverse of the rate)."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as in the convolutions
     pairs = [torch.rand(2, n, n, device=device) for n in SIZES]
 
     def measure(count):
@@ -166,6 +165,7 @@ def serve(connection, threads, device_name, make, *arguments):
     try:
         device = torch.device(device_name) if make is plain else pick_device(device_name)
         torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = False  # float32 everywhere, as in run.py
         measure = make(device, *arguments)
         while steps := connection.recv():
             connection.send(measure(steps))

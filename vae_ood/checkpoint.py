@@ -184,7 +184,7 @@ def load(path):
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in types.items()):
         raise Damaged(f"{path} is not a checkpoint of run.py: give the ckpt.pt that run.py wrote")
     check_weights(path, state["model"])
-    if "amp" in state["config"]:  # as it was called before there were three precisions
+    if "amp" in state["config"]:  # as it was called before there were three; on CUDA, without it, convolutions had TF32
         state["config"]["precision"] = "bfloat16" if state["config"].pop("amp") else "float32"
     if not good_split(state.get("split")):
         raise Damaged(f"{path} is damaged: its groups are unusable")

@@ -161,13 +161,13 @@ def pick_device(name):
     keep_freed_memory()
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if torch.cuda.device_count() < LOCAL_WORLD:
-        raise UserError(f"{LOCAL_WORLD} workers on a machine of {torch.cuda.device_count()} GPUs: give torchrun a "
-                        "smaller --nproc-per-node, or --device cpu")
-    torch.cuda.set_device(LOCAL_RANK)
-    device = torch.device("cuda", LOCAL_RANK)
+    device = torch.device("cpu")
+    if name != "cpu" and torch.cuda.is_available():
+        if torch.cuda.device_count() < LOCAL_WORLD:
+            raise UserError(f"{LOCAL_WORLD} workers on a machine of {torch.cuda.device_count()} GPUs: give torchrun a "
+                            "smaller --nproc-per-node, or --device cpu")
+        torch.cuda.set_device(LOCAL_RANK)
+        device = torch.device("cuda", LOCAL_RANK)
     try:
         cuda.prepare(device)
     except cuda.Unavailable as error:

@@ -16,7 +16,7 @@ from vae_ood.data.images import TRAINING, batch_indices, generator, to_unit
 from vae_ood.data.tiles import of_step
 from vae_ood.kernels.iw_nll import gaussian_log_likelihood, log_normal
 from vae_ood.kernels.reparameterize import reparameterize
-from vae_ood.likelihood import evaluate
+from vae_ood.likelihood import EXACT, evaluate
 from vae_ood.model import VAE
 from vae_ood.parallel import part, total
 
@@ -52,7 +52,7 @@ class Batches:
         self.args, self.device, self.images = args, device, images.to(device)
         self.steps = range(0)
 
-    def sent(self, values):
+    def to_device(self, values):
         """A tensor on the device, maybe still on its way."""
         if self.device.type == "cuda" and values.device.type == "cpu":
             values = values.pin_memory()
@@ -62,9 +62,9 @@ class Batches:
         """The noise of the steps from `first`, and which images they take, if these lie on the device."""
         args, n, rows = self.args, self.args.batch_size, part(self.args.batch_size)
         self.steps = range(first, min(first + AHEAD, args.iters))
-        self.eps = self.sent(torch.from_numpy(np.stack([self.noise(step)[0] for step in self.steps])))
+        self.eps = self.to_device(torch.from_numpy(np.stack([self.noise(step)[0] for step in self.steps])))
         if isinstance(self.images, torch.Tensor):
-            self.chosen = self.sent(torch.from_numpy(np.stack([
+            self.chosen = self.to_device(torch.from_numpy(np.stack([
                 batch_indices(args.seed, step, n, len(self.images))[rows] for step in self.steps])))
 
     def noise(self, step):
@@ -81,16 +81,17 @@ class Batches:
         if isinstance(self.images, torch.Tensor):
             x = self.images[self.chosen[i]]
         else:
-            x = self.sent(of_step(self.images, args.seed, step, args.batch_size, rows))
+            x = self.to_device(of_step(self.images, args.seed, step, args.batch_size, rows))
         if args.dequantize:
             uniform = self.noise(step)[1].random((args.batch_size, *x.shape[1:]), np.float32)[rows]
-            x = to_unit(x, self.sent(torch.from_numpy(uniform)))
+            x = to_unit(x, self.to_device(torch.from_numpy(uniform)))
         return x.contiguous(memory_format=torch.channels_last), self.eps[i]
 
 
 class Terms(NamedTuple):
     """What a step gives: the loss, this worker's share of the batch's mean negative ELBO in nats; the MSE of the whole
-    batch; gamma; the KL [B, kappa] of this worker's images; the probe, whose gradient is that of the loss by z."""
+    batch; gamma; the KL [B, kappa] of this worker's images; the probe, whose gradient is that of the loss by z.
+    Where a graph gives them, all but the loss hold until the next step."""
 
     loss: torch.Tensor
     mse: torch.Tensor
@@ -130,7 +131,7 @@ def arithmetic(precision):
     """CUDA's convolutions and matrix products by TF32 or not, each sum always in the same order."""
     products = torch.backends.cuda.matmul
     before, tf32 = products.allow_tf32, precision == "tf32"
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32):
+    with EXACT, torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32):
         products.allow_tf32 = tf32
         try:
             yield
@@ -146,7 +147,8 @@ class Training:
         self.args, self.device = args, device
         self.profiled = args.gamma in ("optimal", "homotopy")
         self.compiled = device.type == "cuda" if args.compile is None else args.compile
-        self.graph, self.graphed, self.eager = None, device.type == "cuda" and WORLD == 1, 0
+        self.graphed = device.type == "cuda" and WORLD == 1 and args.compile is not False
+        self.graph, self.eager = None, 0
         torch.manual_seed(args.seed)
         gamma = 1.0 if self.profiled or args.gamma == "learn" else args.gamma
         self.model = VAE(images.shape[1:], args.alpha, args.kappa, gamma, learn_gamma=args.gamma == "learn").to(
@@ -158,10 +160,8 @@ class Training:
         objective = Objective(self.model, args.batch_size, self.profiled, args.precision)
         if WORLD > 1:  # it averages the gradients over the workers while the backward pass goes on
             objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-        if self.compiled and device.type == "cuda":
-            from torch._inductor import config  # here, as it takes a second
-            config.deterministic = True
-        self.objective = torch.compile(objective) if self.compiled else objective
+        options = {"deterministic": True} if device.type == "cuda" else None
+        self.objective = torch.compile(objective, options=options) if self.compiled else objective
 
     def prepare(self, step):
         """Set what the schedules say of a step; its x and eps."""
@@ -189,14 +189,14 @@ class Training:
             with torch.no_grad():
                 self.model.log_gamma.lerp_(mse.clamp(min=MIN_GAMMA).log(), 0.05)
 
-    def both(self, x, eps):
+    def backward_and_update(self, x, eps):
         """`backward` and `update`."""
         terms = self.backward(x, eps)
         self.update(terms.mse)
         return terms
 
     def step(self, step):
-        """Train by a step; its `Terms`, of which the loss alone outlives the next step."""
+        """Train by a step; its `Terms`."""
         inputs = self.prepare(step)
         if self.graphed and not self.graph:
             if self.eager == EAGER:
@@ -204,15 +204,15 @@ class Training:
             else:
                 self.eager += 1
         if not self.graph:
-            with self.beside() if self.graphed else nullcontext():
-                return self.both(*inputs)
+            with self.on_side_stream() if self.graphed else nullcontext():
+                return self.backward_and_update(*inputs)
         for static, values in zip(self.inputs, inputs, strict=True):
             static.copy_(values)
         self.graph.replay()
         return self.terms._replace(loss=self.terms.loss.clone())
 
     @contextmanager
-    def beside(self):
+    def on_side_stream(self):
         """On a stream that is not the default one, as is asked of what comes before a capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -225,14 +225,14 @@ class Training:
         self.inputs, graph = [values.clone() for values in inputs], torch.cuda.CUDAGraph()
         self.optimizer.zero_grad()
         try:
-            with torch.cuda.graph(graph):
-                self.terms = self.both(*self.inputs)
-            self.graph = graph
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread may write a checkpoint
+                self.terms = self.backward_and_update(*self.inputs)
         except RuntimeError as error:
-            if out_of_memory(error):
+            if out_of_memory(error) or out_of_memory(error.__context__):
                 raise
-            print(f"training without a CUDA graph, which could not be captured ({str(error).splitlines()[0]})")
-            self.graphed = False
+            raise UserError(f"a step could not be captured as a CUDA graph ({str(error).splitlines()[0]}): use "
+                            "--no-compile") from error
+        self.graph = graph
 
     def gradient_norm(self):
         """The norm of the last step's gradients."""

@@ -211,6 +211,7 @@ def train(args, images, out, device, split=None, validation=None):
         if loop.step < args.iters:
             loop.expect()
         loop.go(signals)
+        run.optimizer.zero_grad()  # or the model would keep its gradients for good
         if loop.step == args.iters:
             run.settle_gamma()
         loop.save()
