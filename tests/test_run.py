@@ -141,7 +141,7 @@ class Count(TorchDispatchMode):
 def test_a_captured_step_asks_little_of_the_host():
     """To take its inputs, which have come for 50 steps at once, to start it, and to copy the loss."""
     one, sent = tiny(gamma="homotopy"), []
-    send, one.batches.to_device = one.batches.sent, lambda values: sent.append(len(values)) or send(values)
+    send, one.batches.to_device = one.batches.to_device, lambda values: sent.append(len(values)) or send(values)
     inputs, terms = one.prepare(2), one.step(2)
     one.inputs, one.terms, one.graph = [value.clone() for value in inputs], terms, SimpleNamespace(replay=list)
     one.graphed, one.lr = True, torch.tensor(0.0)
