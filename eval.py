@@ -61,7 +61,7 @@ from vae_ood.cli import RANK, make_folder, pick_device
 from vae_ood.detector import Detector
 from vae_ood.member import Member
 from vae_ood.evaluation import (
-    FIT_IMAGES, check_scores, evaluate, evaluated, limit_images, load_inliers, load_outliers)
+    BRIEF, FIT_IMAGES, evaluate, limit_images, load_inliers, load_outliers, scores_of)
 from vae_ood.features import DECODED_OFTEN
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.scores import SCORES
@@ -134,7 +134,8 @@ def load_members(args, device):
 
 
 def main(args):
-    check_scores(args)
+    asked = args.scores or BRIEF
+    args.scores = scores_of(args.scores or [])
     device = pick_device(args.device)
     with workers(device, args.timeout):
         if args.score or args.fit:
@@ -150,7 +151,7 @@ def main(args):
             raise UserError(f"{args.ckpt} holds {len(members)} folds: outlier sets are evaluated for one model; give "
                             f"one of them, {paths[0].parent}")
         (model, config, split), = members
-        args.scores = args.scores or evaluated(config.get("tile"))
+        args.scores = scores_of(asked, config.get("tile"))
         limit_images(args, config["shape"], config["alpha"], config["kappa"], device)
         out = Path(args.out or paths[0].parent)
         sets = load_inliers(config, args, split)

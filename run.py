@@ -156,13 +156,13 @@ def describe(parts, args):
 
 
 def main(args):
-    evaluation.check_scores(args)
+    args.scores = evaluation.scores_of(args.scores or evaluation.BRIEF, args.tile)
     device = pick_device(args.device)
     if args.precision == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 needs an NVIDIA GPU: give float32 or bfloat16")
     if args.batch_size < WORLD:
         raise UserError(f"--batch-size {args.batch_size}: each of the {WORLD} workers needs an image of a step")
-    own, args.scores = args.data not in NAMED, args.scores or evaluation.evaluated(args.tile)
+    own = args.data not in NAMED
     if own:
         if not Path(args.data).exists():
             raise UserError(f"unknown data '{args.data}': give a path that exists, or one of {', '.join(NAMED)}")

@@ -23,8 +23,13 @@ except ImportError:  # there are wheels for Linux only; elsewhere every op takes
 OVERRIDE = None  # True: always a kernel, False: never; for tests
 
 
+def constant_to_compiler(function):
+    """`torch.compiler.assume_constant_result`, which imports the compiler, a second: only where there is a GPU."""
+    return torch.compiler.assume_constant_result(function) if torch.cuda.is_available() else function
+
+
 @functools.cache
-@torch.compiler.assume_constant_result  # below the cache, which torch.compile looks through
+@constant_to_compiler  # below the cache, which torch.compile looks through
 def driver_starts():
     """Whether Triton's driver starts, with a warning if not: it is built on the spot, by a C compiler."""
     try:
