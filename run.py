@@ -73,8 +73,9 @@ def add_training_arguments(parser):
                        "of these steps for good, each as step-<STEP>.pt, which eval.py takes")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on "
                        "CUDA; on a CPU it gained nothing)")
-    group.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), default="float32", help="of the "
-                       "network's products in training: float32 (default), tf32 on CUDA, or bfloat16 autocast")
+    group.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), help="of the network's products in "
+                       "training: float32, tf32 on CUDA, or bfloat16 autocast (default: float32; with --recipe fast "
+                       "from --alpha 1 on bfloat16 on a CPU that has it; with --resume that of the run)")
     group.add_argument("--no-eval", action="store_true", help="train only")
 
 
@@ -134,6 +135,7 @@ from vae_ood.data.tiles import sampled, tiled
 from vae_ood.detector import Detector
 from vae_ood.member import FIT_IMAGES, Member, measure
 from vae_ood.parallel import agree, from_first, workers
+from vae_ood.step import default_precision
 from vae_ood.training import CONFIG, train
 
 
@@ -232,6 +234,8 @@ def train_and_evaluate(args, sets, split, out, device, files=None):
     """Train on sets["train"], fit the detector and evaluate; `split` and `files` of own images go to groups.csv. Gives
     the detector's Member, None without an evaluation of `default`, and the config."""
     images = sets["train"]
+    state, _ = from_first(lambda: checkpoint.load_newest(out / "ckpt.pt")) if args.resume else (None, [])
+    args.precision = args.precision or (state["config"].get("precision") if state else default_precision(args, device))
     for note in images.notes:
         print(f"train: {note}")
     validation, pixels = sets.get("validation"), tiled(images.pixels, args.tile)

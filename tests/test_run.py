@@ -17,7 +17,7 @@ from vae_ood.bench import plain_loss
 from vae_ood.data.images import Images, Rows, batch_indices, to_unit
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES
-from vae_ood.step import MIN_GAMMA, Training, gamma_floor, learning_rate
+from vae_ood.step import MIN_GAMMA, Training, default_precision, gamma_floor, learning_rate
 
 SHAPE = (1, 8, 8)
 
@@ -123,6 +123,15 @@ def test_twenty_steps_are_those_of_the_plain_formulation(gamma):
         optimizer.step()
     for ours, theirs in zip(one.trained, plain.trained, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("has", "recipe", "alpha", "device", "precision"), [
+    ("avx512_bf16", "fast", 1, "cpu", "bfloat16"), ("amx_bf16", "fast", 4, "cpu", "bfloat16"),
+    ("avx512_f", "fast", 1, "cpu", "float32"), ("avx512_bf16", "paper", 1, "cpu", "float32"),
+    ("avx512_bf16", "fast", 0.5, "cpu", "float32"), ("avx512_bf16", "fast", 1, "cuda", "float32")])
+def test_bfloat16_is_chosen_where_it_gains(monkeypatch, has, recipe, alpha, device, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
+    assert default_precision(SimpleNamespace(recipe=recipe, alpha=alpha), torch.device(device)) == precision
 
 
 class Count(TorchDispatchMode):

@@ -115,6 +115,8 @@ class Objective(nn.Module):
         of the loss with gamma profiled out, d/2 log(2 pi e MSE) + KL (arXiv 2006.13202), and its value.
         """
         model, d = self.model, x[0].numel()
+        if x.dtype == torch.uint8 and not x.is_cuda:  # once; kernels read bytes
+            x = to_unit(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             mu, log_sigma = (t.float() for t in model.encode(x))
             z, kl = reparameterize(mu, log_sigma, eps, per_dim=True)
@@ -165,6 +167,14 @@ class Adam:
                 if states[i][name].shape != value.shape:
                     raise ValueError("shapes")
                 value.copy_(states[i][name])
+
+
+def default_precision(args, device):
+    """bfloat16 for the fast recipe from alpha = 1 on, where layers are wide enough to gain, on a CPU that multiplies
+    in it; else float32."""
+    has = torch.cpu.get_capabilities()
+    gains = args.recipe == "fast" and args.alpha >= 1 and (has.get("avx512_bf16") or has.get("amx_bf16"))
+    return "bfloat16" if device.type == "cpu" and gains else "float32"
 
 
 @contextmanager

@@ -266,13 +266,15 @@ def test_latent_spectrum_shows_the_dimension_of_the_sprites(command, tmp_path, f
 
 def test_half_written_log_and_flags_that_differ(command, tmp_path):
     arguments = (*TINY, "--no-eval", "--out", tmp_path / "a")
-    command(*arguments, "--iters", 100)
+    command(*arguments, "--iters", 100, "--precision", "bfloat16")
     with open(tmp_path / "a" / "log.jsonl", "a") as file:
         file.write('{"step": 150, "seconds": 3.1}\n{"step": 2')
     assert refused(command(*arguments, "--iters", 100, check=False), "already holds a run", "--resume")
     assert refused(command(*arguments, "--iters", 200, "--resume", check=False), "iters = 100, not 200")
+    assert refused(command(*arguments, "--iters", 100, "--resume", "--precision", "float32", check=False),
+                   "precision = bfloat16, not float32")
     assert len((tmp_path / "a" / "log.jsonl").read_text().splitlines()) == 5  # nothing was touched
-    command(*arguments, "--iters", 100, "--resume")
+    command(*arguments, "--iters", 100, "--resume")  # with the precision that it has
     lines = (tmp_path / "a" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 50, 100]
 
