@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import accumulation_dtype, cuda, tl, triton, use_kernel
 
@@ -17,32 +16,13 @@ def log_normal(squared_error, d, log_gamma):
     return -0.5 * (squared_error * (-log_gamma).exp() + d * (LOG_2PI + log_gamma))
 
 
-class SquaredError(torch.autograd.Function):
-    """||x - mean||^2 [B, K] in plain torch, of x [B, *S] and means or logits [B, K, *S], differentiable once. The
-    gradient in closed form reads and writes half of what autograd's does, which counts where the network is small."""
-
-    @staticmethod
-    def forward(ctx, x, mean_or_logits, logits):
-        """Sums over all but the first two dimensions."""
-        mean = mean_or_logits.sigmoid() if logits else mean_or_logits
-        difference = mean - x.unsqueeze(1)
-        ctx.save_for_backward(mean if logits else None, difference)
-        return difference.square().sum(tuple(range(2, mean.dim())))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        """The gradient by mean_or_logits."""
-        mean, difference = ctx.saved_tensors
-        by_mean = difference * (2 * gradient).reshape(*gradient.shape, *[1] * (difference.dim() - 2))
-        return None, by_mean if mean is None else torch.ops.aten.sigmoid_backward(by_mean, mean), None
-
-
 def iw_nll_ref(x, mean_or_logits, log_prior_minus_log_q, log_gamma, logits):
     """`iw_nll` in plain torch, with the squared errors: ([B] in nats, [B, K])."""
     dtype = accumulation_dtype(mean_or_logits)
+    mean = mean_or_logits.to(dtype)
+    mean = mean.sigmoid() if logits else mean
     x = x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
-    squared_error = SquaredError.apply(x, mean_or_logits.to(dtype), logits)
+    squared_error = x.unsqueeze(1).sub(mean).square().sum(tuple(range(2, mean.dim())))
     log_w = log_normal(squared_error, math.prod(x.shape[1:]), log_gamma)
     if log_prior_minus_log_q is not None:
         log_w = log_w + log_prior_minus_log_q.to(log_w.dtype)
@@ -251,7 +231,7 @@ def iw_nll(x, mean_or_logits, log_prior_minus_log_q, log_gamma, logits=False, re
     tensor, the log of the variance. Sums are in float32 (float64 for float64); the log-sum-exp is per sample over its
     own K, and stable. The gradient is that of the bound: each z_k weighs w_k / sum w (equation 13 of arXiv 1509.00519).
     Returns [B], an upper bound of -log p(x) in expectation (K = 1: the negative ELBO); with `return_squared_error`
-    also ||x - mean_k||^2 [B, K]; both differentiable once. Raises ValueError where the shapes do not fit,
+    also ||x - mean_k||^2 [B, K]; both differentiable (on CUDA, once). Raises ValueError where the shapes do not fit,
     or log_gamma is no scalar on the means' device.
     """
     (b, k), ratio = mean_or_logits.shape[:2], log_prior_minus_log_q

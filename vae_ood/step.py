@@ -115,8 +115,6 @@ class Objective(nn.Module):
         of the loss with gamma profiled out, d/2 log(2 pi e MSE) + KL (arXiv 2006.13202), and its value.
         """
         model, d = self.model, x[0].numel()
-        if x.dtype == torch.uint8 and not x.is_cuda:  # once; kernels read bytes
-            x = to_unit(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             mu, log_sigma = (t.float() for t in model.encode(x))
             z, kl = reparameterize(mu, log_sigma, eps, per_dim=True)
