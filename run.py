@@ -1,6 +1,6 @@
 """Train a VAE, then evaluate it as an outlier detector.
 
-    python run.py                                                      the embedded sprites, about two minutes
+    python run.py                                                      the embedded sprites, about a minute
     python run.py --data fashionmnist --recipe fast --data-root DIR    real images, some twenty minutes on two cores
     python run.py --data cifar10 --alpha 4 --kappa 32                  the paper's protocol, for a GPU
     python run.py --data my_photos/ --recipe fast --out runs/mine      your own images (a folder, .npy or .npz)
@@ -135,7 +135,6 @@ from vae_ood.data.tiles import sampled, tiled
 from vae_ood.detector import Detector
 from vae_ood.member import FIT_IMAGES, Member, measure
 from vae_ood.parallel import agree, from_first, workers
-from vae_ood.step import default_precision
 from vae_ood.training import CONFIG, train
 
 
@@ -158,10 +157,8 @@ def describe(parts, args):
 
 
 def main(args):
-    args.scores = evaluation.scores_of(args.scores or evaluation.BRIEF, args.tile)
+    args.scores = evaluation.scores_of(args.scores, args.tile)
     device = pick_device(args.device)
-    if args.precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 needs an NVIDIA GPU: give float32 or bfloat16")
     if args.batch_size < WORLD:
         raise UserError(f"--batch-size {args.batch_size}: each of the {WORLD} workers needs an image of a step")
     own = args.data not in NAMED
@@ -234,8 +231,6 @@ def train_and_evaluate(args, sets, split, out, device, files=None):
     """Train on sets["train"], fit the detector and evaluate; `split` and `files` of own images go to groups.csv. Gives
     the detector's Member, None without an evaluation of `default`, and the config."""
     images = sets["train"]
-    state, _ = from_first(lambda: checkpoint.load_newest(out / "ckpt.pt")) if args.resume else (None, [])
-    args.precision = args.precision or (state["config"].get("precision") if state else default_precision(args, device))
     for note in images.notes:
         print(f"train: {note}")
     validation, pixels = sets.get("validation"), tiled(images.pixels, args.tile)

@@ -24,8 +24,9 @@ OVERRIDE = None  # True: always a kernel, False: never; for tests
 
 
 def constant_to_compiler(function):
-    """`torch.compiler.assume_constant_result`, which imports the compiler, a second: only where there is a GPU."""
-    return torch.compiler.assume_constant_result(function) if torch.cuda.is_available() else function
+    """torch.compiler.assume_constant_result, which does this alone, but imports the compiler first, a second."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 @functools.cache

@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -35,11 +34,8 @@ def forks(tmp_path_factory):
             file.write_bytes(b"")
         print(json.dumps({"arguments": arguments, "environment": dict(os.environ)} | {
             name: str(file) for name, file in files.items()}), file=zygote.stdin, flush=True)
-        late = threading.Timer(500, zygote.kill)
-        late.start()
         code = zygote.stdout.readline()
-        late.cancel()
-        assert code, f"{arguments} took over 500 seconds"
+        assert code, "tests/zygote.py ended"
         return subprocess.CompletedProcess(arguments, int(code), *(file.read_text() for file in files.values()))
 
     yield run

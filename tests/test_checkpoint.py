@@ -51,6 +51,28 @@ def test_a_copy_is_of_the_state_then(saved):
                                   if isinstance(old, torch.Tensor) else copied == old)
 
 
+def test_adam_goes_on_from_torch_s_own_state(saved):
+    path, model, ours = saved
+    copied = copy.deepcopy(model)
+    theirs = torch.optim.Adam(copied.parameters(), fused=True)
+    for step in range(3):
+        for one in (copied, model) if step == 2 else (copied,):
+            sum(p.sin().sum() for p in one.parameters()).backward()
+        if step == 2:
+            ours.step()
+        theirs.step()
+        theirs.zero_grad()
+        if step == 1:
+            checkpoint.save(path, copied.state_dict(), theirs.state_dict(), 2, CONFIG)
+            assert checkpoint.resume(path, CONFIG, model, ours)[0] == 2
+    for a, b in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="shapes"):
+        ours.load_state_dict({"state": {i: {"step": torch.zeros(2)} for i in range(len(ours.params))}})
+    with pytest.raises(KeyError):
+        ours.load_state_dict({"state": {0: ours.state[0]}})
+
+
 def test_precision_was_once_called_amp(saved):
     path, model, optimizer = saved
     for amp, precision in ((True, "bfloat16"), (False, "float32")):

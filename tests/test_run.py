@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import run
+from tests.conftest import ROOT
 from vae_ood import UserError, checkpoint, evaluation, member, training
 from vae_ood.bench import plain_loss
 from vae_ood.data.images import Images, Rows, batch_indices, to_unit
@@ -132,6 +135,12 @@ def test_twenty_steps_are_those_of_the_plain_formulation(gamma):
 def test_bfloat16_is_chosen_where_it_gains(monkeypatch, has, recipe, alpha, device, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
     assert default_precision(SimpleNamespace(recipe=recipe, alpha=alpha), torch.device(device)) == precision
+
+
+def test_a_step_imports_no_compiler():
+    """It would take a second of each command."""
+    code = "import sys; from tests.test_run import tiny; tiny().step(0); sys.exit('torch._dynamo' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode
 
 
 class Count(TorchDispatchMode):

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import multiprocessing
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,8 @@ from vae_ood.reproduce.runs import SHAPES
 from vae_ood.training import CONFIG, train
 
 DATA = "fashionmnist", "cifar10"
-KAPPA, BATCH, IW_SAMPLES, PYTHAE_SAMPLES = 32, 64, 16, 100
+KAPPA, BATCH, IW_SAMPLES = 32, 64, 16
+PYTHAE_SAMPLES = 100  # which its get_nll decodes at once, by default
 PLAIN = {"eager": (False, False), "eager channels-last": (False, True), "compiled": (True, False),
          "compiled channels-last": (True, True)}  # whether it is compiled, and channels-last
 SIZES = 512, 1024, 2048, 4096  # of the matrix products
@@ -192,8 +194,8 @@ class Beside:
 
     def __init__(self, python, what, shape, alpha):
         self.process = subprocess.Popen(
-            [python, "-m", "vae_ood.bench_pythae", what, *map(str, shape), str(alpha)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).resolve().parent.parent)
+            [python, "-m", "vae_ood.bench_pythae", what, *map(str, (PYTHAE_SAMPLES, *shape, alpha))], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent)
 
     def send(self, steps):
         """Ask for so many steps; 0 ends it."""
@@ -246,6 +248,13 @@ def timings(shape, alpha, args, device):
     return {what: statistics.median(values[1:] or values) for what, values in seconds.items()}
 
 
+def executable(path):
+    """argparse type: a program."""
+    if not shutil.which(path):
+        raise argparse.ArgumentTypeError(f"there is no program {path}")
+    return path
+
+
 def main():
     """The command."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -254,16 +263,19 @@ def main():
     parser.add_argument("--rounds", type=positive_int, default=6, help="of everything in turn; the first only warms up")
     parser.add_argument("--seconds", type=positive_float, default=2, help="of each thing in a round (default 2)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--pythae", metavar="PYTHON", help="of a virtual environment with pythae, timed on the CPU")
+    parser.add_argument("--pythae", type=executable, metavar="PYTHON", help="of a virtual environment with pythae, "
+                        "timed on the CPU")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if args.pythae and device.type != "cpu":
+        raise UserError("--pythae is timed on the CPU: give --device cpu with it")
     if args.pythae and subprocess.run([args.pythae, "-c", "import pythae"], capture_output=True).returncode:
         raise UserError(f"--pythae {args.pythae}: no Python with pythae; make a virtual environment, and pip install "
                         "pythae there")
     where = torch.cuda.get_device_name() if device.type == "cuda" else (
         f"{torch.get_num_threads()} CPU threads ({torch.backends.cpu.get_cpu_capability()})")
-    print(f"{where}; torch {torch.__version__}, float32, batches of {BATCH}, K = {IW_SAMPLES}, kappa = {KAPPA}; "
-          f"medians of {args.rounds - 1} rounds. Share: of the matrix-product rate (the best of the sizes "
+    print(f"{where}; torch {torch.__version__}, float32 where no other is named, batches of {BATCH}, K = {IW_SAMPLES}, "
+          f"kappa = {KAPPA}; medians of {args.rounds - 1} rounds. Share: of the matrix-product rate (the best of the sizes "
           f"{', '.join(map(str, SIZES))}, in the same rounds). Outside: the share of a training step that is not the "
           "network's forward and backward pass (data, noise, loss, optimiser, logging).\n")
     titles = ["shape", "alpha", "matrix product GFLOP/s", "training images/s", "GFLOP/s", "share", "outside",

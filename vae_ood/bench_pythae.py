@@ -1,8 +1,9 @@
 """pythae's VAE of the layers of model.py, timed by its own trainer and `get_nll`; bench.py runs this with the Python of
---pythae, as pythae's requirements are not ours. It takes what to time, channels, height, width and alpha; then, from
-stdin, numbers of steps, and answers each with the seconds of a step."""
+--pythae, as pythae's requirements are not ours. It takes what to time, the codes of an image, channels, height, width
+and alpha; then, from stdin, numbers of steps, and answers each with the seconds of a step."""
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from pythae.trainers import BaseTrainer, BaseTrainerConfig
 
 from vae_ood.model import VAE
 
-KAPPA, BATCH, SAMPLES = 32, 64, 100  # the last is what `get_nll` decodes at once, by default
+KAPPA, BATCH = 32, 64
 
 
 class Encoder(BaseEncoder):
@@ -52,13 +53,13 @@ class Decoder(BaseDecoder):
         return ModelOutput(reconstruction=last(h).sigmoid())
 
 
-def seconds(what, shape, model, steps):
-    """Of a step: of training on BATCH images, or of SAMPLES codes of an image."""
+def seconds(what, samples, shape, model, steps):
+    """Of a step: of training on BATCH images, or of decoding so many samples of an image."""
     if what == "likelihood":
         x = torch.rand(steps, *shape)
         started = time.perf_counter()
         with torch.no_grad():
-            model.get_nll(x, SAMPLES, SAMPLES)
+            model.get_nll(x, samples, samples)
         return (time.perf_counter() - started) / steps
     x = torch.rand(steps * BATCH, *shape)
     with tempfile.TemporaryDirectory() as folder:
@@ -70,15 +71,16 @@ def seconds(what, shape, model, steps):
         return (time.perf_counter() - started) / steps
 
 
-def main(what, *numbers):
+def main(what, samples, *numbers):
     """Answer on stdout until stdin ends."""
     *shape, alpha = map(float, numbers)
     shape, answers = tuple(map(int, shape)), sys.stdout
+    logging.disable()
     layers = VAE(shape, alpha, KAPPA)
     model = Theirs(VAEConfig(input_dim=shape, latent_dim=KAPPA), Encoder(layers), Decoder(layers))
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         for line in sys.stdin:
-            print(seconds(what, shape, model, int(line)), file=answers, flush=True)
+            print(seconds(what, int(samples), shape, model, int(line)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -33,15 +33,16 @@ MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of t
 CPU_FLOPS = 1e13  # the most that decoding a set may take on a CPU (some two minutes on two cores)
 
 
-def scores_of(names, tile=None):
-    """The scores that --scores names. `all` are ALL, of tiles, which are many, those alone that decode each once.
-    UserError for an unknown one."""
-    if names == ["all"]:
-        return [name for name in ALL if not tile or not set(SCORES[name].reads) & set(DECODED_OFTEN)]
-    for name in names:
-        if name not in SCORES:
-            raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}, or all of them")
-    return names
+def scores_of(named, tile, brief=BRIEF):
+    """The scores that --scores names, `brief` where it is not given. `all` stands for ALL; of tiles, which are many,
+    that and `brief` are those alone that decode each once. UserError for an unknown one."""
+    found = []
+    for name in named or brief:
+        if name != "all" and name not in SCORES:
+            raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}, or give all")
+        found += [one for one in (ALL if name == "all" else [name])
+                  if not tile or (named and name != "all") or not set(SCORES[one].reads) & set(DECODED_OFTEN)]
+    return list(dict.fromkeys(found))
 
 
 def limit_images(args, shape, alpha, kappa, device, images=TRAIN_IMAGES, samples=None):

@@ -22,7 +22,7 @@ from vae_ood.model import VAE
 from vae_ood.parallel import part, total
 
 AHEAD = 50  # steps whose indices and noise are drawn at once, so that a GPU seldom waits for them
-EAGER = 3  # steps before the one that is captured: kernels are compiled, and the optimiser gets its state
+EAGER = 3  # steps before the one that is captured: kernels are compiled, and memory is allotted
 GAMMA_IMAGES = 10_000  # training images whose MSE is the gamma of a finished `optimal` or `homotopy` run
 MIN_GAMMA = 1e-10  # images that are reconstructed exactly have no finite log-likelihood
 HOMOTOPY = (0, 5000 / 7, 2000), (0, -5, -7)  # steps, log of the floor: slower where weak factors of the data join in
