@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.halves import pytest_runtestloop  # noqa: F401
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # of each of the two processes (tests/halves.py)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that they run
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ import numpy  # noqa: F401
 import torch  # noqa: F401
 
 sys.path.insert(0, os.getcwd())
+import matplotlib.figure  # noqa: F401
+
 import vae_ood.detector
 import vae_ood.evaluation
 import vae_ood.scoring

@@ -275,9 +275,9 @@ def main():
     where = torch.cuda.get_device_name() if device.type == "cuda" else (
         f"{torch.get_num_threads()} CPU threads ({torch.backends.cpu.get_cpu_capability()})")
     print(f"{where}; torch {torch.__version__}, float32 where no other is named, batches of {BATCH}, K = {IW_SAMPLES}, "
-          f"kappa = {KAPPA}; medians of {args.rounds - 1} rounds. Share: of the matrix-product rate (the best of the sizes "
-          f"{', '.join(map(str, SIZES))}, in the same rounds). Outside: the share of a training step that is not the "
-          "network's forward and backward pass (data, noise, loss, optimiser, logging).\n")
+          f"kappa = {KAPPA}; medians of {args.rounds - 1} rounds. Share: of the matrix-product rate (the best of the "
+          f"sizes {', '.join(map(str, SIZES))}, in the same rounds). Outside: the share of a training step that is not "
+          "the network's forward and backward pass (data, noise, loss, optimiser, logging).\n")
     titles = ["shape", "alpha", "matrix product GFLOP/s", "training images/s", "GFLOP/s", "share", "outside",
               "IW-NLL decodes/s", "GFLOP/s", "share", *(f"plain {variant} ms" for variant in PLAIN), "ours ms",
               "plain eager / ours", "best plain / ours", "bfloat16 ms", "ours / bfloat16",
