@@ -11,50 +11,49 @@ import time
 
 import torch
 import torch.nn.functional as F
-from pythae.data.datasets import BaseDataset
-from pythae.models import VAE as Theirs
-from pythae.models import VAEConfig
-from pythae.models.base.base_utils import ModelOutput
-from pythae.models.nn import BaseDecoder, BaseEncoder
-from pythae.trainers import BaseTrainer, BaseTrainerConfig
 
 from vae_ood.model import VAE
 
 KAPPA, BATCH = 32, 64
 
 
-class Encoder(BaseEncoder):
-    """The layers up to mu and log_sigma."""
+def theirs(shape, alpha):
+    """pythae's VAE of our layers."""
+    from pythae.models import VAE as Pythae
+    from pythae.models import VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
 
-    def __init__(self, layers):
-        super().__init__()
-        self.convolutions, self.mu, self.log_sigma = layers.encoder, layers.mu, layers.log_sigma
+    class Encoder(BaseEncoder):
+        def __init__(self, layers):
+            super().__init__()
+            self.convolutions, self.mu, self.log_sigma = layers.encoder, layers.mu, layers.log_sigma
 
-    def forward(self, x):
-        """x [B, C, H, W] -> the mean and log variance [B, kappa] of q(z|x)."""
-        for conv in self.convolutions:
-            x = F.leaky_relu(conv(x), 0.2)
-        return ModelOutput(embedding=self.mu(x.flatten(1)), log_covariance=2 * self.log_sigma(x.flatten(1)))
+        def forward(self, x):
+            for conv in self.convolutions:
+                x = F.leaky_relu(conv(x), 0.2)
+            return ModelOutput(embedding=self.mu(x.flatten(1)), log_covariance=2 * self.log_sigma(x.flatten(1)))
 
+    class Decoder(BaseDecoder):
+        def __init__(self, layers):
+            super().__init__()
+            self.expand, self.convolutions, self.shape = layers.expand, layers.decoder, layers.code_shape
 
-class Decoder(BaseDecoder):
-    """The layers from z on."""
+        def forward(self, z):
+            h = F.relu(self.expand(z)).unflatten(1, self.shape)
+            *inner, last = self.convolutions
+            for conv in inner:
+                h = F.relu(conv(h))
+            return ModelOutput(reconstruction=last(h).sigmoid())
 
-    def __init__(self, layers):
-        super().__init__()
-        self.expand, self.convolutions, self.shape = layers.expand, layers.decoder, layers.code_shape
-
-    def forward(self, z):
-        """z [B, kappa] -> the mean of p(x|z) [B, C, H, W]."""
-        h = F.relu(self.expand(z)).unflatten(1, self.shape)
-        *inner, last = self.convolutions
-        for conv in inner:
-            h = F.relu(conv(h))
-        return ModelOutput(reconstruction=last(h).sigmoid())
+    layers = VAE(shape, alpha, KAPPA)
+    return Pythae(VAEConfig(input_dim=shape, latent_dim=KAPPA), Encoder(layers), Decoder(layers))
 
 
 def seconds(what, samples, shape, model, steps):
     """Of a step: of training on BATCH images, or of decoding so many samples of an image."""
+    from pythae.data.datasets import BaseDataset
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
     if what == "likelihood":
         x = torch.rand(steps, *shape)
         started = time.perf_counter()
@@ -76,8 +75,7 @@ def main(what, samples, *numbers):
     *shape, alpha = map(float, numbers)
     shape, answers = tuple(map(int, shape)), sys.stdout
     logging.disable()
-    layers = VAE(shape, alpha, KAPPA)
-    model = Theirs(VAEConfig(input_dim=shape, latent_dim=KAPPA), Encoder(layers), Decoder(layers))
+    model = theirs(shape, alpha)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         for line in sys.stdin:
             print(seconds(what, int(samples), shape, model, int(line)), file=answers, flush=True)
