@@ -76,7 +76,7 @@ def main(what, samples, *numbers):
     shape, answers = tuple(map(int, shape)), sys.stdout
     logging.disable()
     model = theirs(shape, alpha)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         for line in sys.stdin:
             print(seconds(what, int(samples), shape, model, int(line)), file=answers, flush=True)
 
