@@ -4,7 +4,9 @@ which bears no forks."""
 
 import json
 import os
+import signal
 import tempfile
+import traceback
 
 import pytest
 import torch
@@ -62,7 +64,7 @@ def pytest_runtestloop(session):
     """Run what was collected; None leaves it to pytest."""
     config, options = session.config, session.config.option
     if (len(session.items) < FEW or session.testsfailed or options.collectonly or options.usepdb or options.maxfail
-            or torch.cuda.is_available() or (os.cpu_count() or 1) < 2):
+            or torch.cuda.is_available() or (os.cpu_count() or 1) < 2 or not hasattr(os, "fork")):
         return None
     files = by_file(session.items)
     queue, end = os.pipe()
@@ -72,10 +74,16 @@ def pytest_runtestloop(session):
         if not (process := os.fork()):
             try:
                 child(files, queue, config, reports)
-            finally:
-                os._exit(0)
-        done = run(files, queue, config)
-        os.waitpid(process, 0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
+        try:
+            done = run(files, queue, config)
+        except BaseException:
+            os.kill(process, signal.SIGTERM)
+            raise
+        finally:
+            os.waitpid(process, 0)
         reports.seek(0)
         theirs = [config.hook.pytest_report_from_serializable(config=config, data=json.loads(line)) for line in reports]
     for report in theirs:
