@@ -89,7 +89,7 @@ def pytest_runtestloop(session):
     for report in theirs:
         config.hook.pytest_runtest_logreport(report=report)
     if done + sum(report.when == "teardown" for report in theirs) != len(session.items):
-        raise session.Failed("the other half of the tests ended before its time")
+        raise pytest.UsageError("the other half of the tests ended before its time")
     if session.testsfailed:
         raise session.Failed(f"{session.testsfailed} failed")
     return True
