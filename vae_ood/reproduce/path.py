@@ -1,4 +1,4 @@
-"""CIFAR-10 along a training: the weights that `run.py --keep-at` kept under --runs, each evaluated, against the steps."""
+"""CIFAR-10 along a training: the weights that `run.py --keep-at` kept under --runs, evaluated, against the steps."""
 
 import json
 import re
