@@ -23,9 +23,10 @@ def path(args):
     every = []
     for config in sorted(Path(args.runs).glob("*/config.json")):
         settings = json.loads(config.read_text())
-        kept = {int(re.search(r"\d+", file.stem)[0]): file for file in config.parent.glob("step-*.pt")}
+        kept = {int(re.search(r"\d+", file.stem)[0]) for name in ("step-*.pt", "at-*") for file in config.parent.glob(
+            name)}
         if settings["data"] == "cifar10" and settings["iters"] == STEPS["paper"]:
-            every += [m for step in sorted(kept) if (m := at_step(kept[step], step, settings, args))]
+            every += [m for step in kept if (m := at_step(config.parent, step, settings, args))]
     every.sort(key=lambda m: (m["alpha"], m["seed"], m["step"]))
     curves = {}
     for m in every:
@@ -42,17 +43,17 @@ def path(args):
         pages.figure("path", args, 2, 3, lambda axes: draw(axes, curves))
 
 
-def at_step(weights, step, settings, args):
-    """What the weights kept at a step measure, evaluating them if need be; None where that is left out."""
-    out = weights.parent / f"at-{step}"
-    command = ["eval.py", "--ckpt", str(weights), "--outliers", *PAIRS["cifar10"], "--iw-samples", str(IW_SAMPLES),
+def at_step(run, step, settings, args):
+    """What the weights measure that a run kept at a step, evaluating them if need be; None where that is left out."""
+    out = run / f"at-{step}"
+    command = ["eval.py", "--ckpt", str(run / f"step-{step}.pt"), "--outliers", *PAIRS["cifar10"], "--iw-samples", str(IW_SAMPLES),
                "--max-images", str(IMAGES), "--scores", "nll", "--out", str(out)]
     if not (out / "metrics.json").exists():
         if args.budget == 0:
             return None
         runs.execute(command, args.data_root)
     metrics = json.loads((out / "metrics.json").read_text())
-    commit = weights.parent / "commit"
+    commit = run / "commit"
     return {"command": f"python {shlex.join(command)}", "step": step, "gamma": metrics["gamma"],
             "precision": metrics["config"]["precision"], "active_dims": metrics["active_dims"],
             "commit": commit.read_text().strip() if commit.exists() else None,
