@@ -144,9 +144,9 @@ CLAIMS = [  # (claim, experiment, the word that its checks begin with: "", all o
 
 
 MEANING = {  # of each experiment, in three sentences
-    "reproduce/table1": "MNIST's digits take more bits than FashionMNIST's own test images at every kappa, as the "
-    "paper says. The differences are smaller than the paper's, after 2,800 steps in place of 200,000. Gamma falls up to "
-    "kappa = 64 alone, where the paper's falls up to 256.",
+    "reproduce/table1": "MNIST's digits take more bits than FashionMNIST's test images at every kappa, as the "
+    "paper says. The differences are smaller than the paper's, after 2,800 steps in place of 200,000. Gamma falls up "
+    "to kappa = 64 alone, where the paper's falls up to 256.",
     "reproduce/compute": "SVHN takes fewer bits than CIFAR-10's own test images at every alpha and at every length of "
     "training: the failure reproduces. A larger alpha does not repair it at equal steps, and more steps make it worse. "
     "Alpha of 2 and more had 2,500 steps, too few to judge the repair that the paper reports.",
@@ -154,8 +154,8 @@ MEANING = {  # of each experiment, in three sentences
     "reproduce/fig4": "Nearly all latent dimensions stay active, 506 to 508 of 512: after 2,800 steps nothing is "
     "pruned. No cut-off is there that could be sharper at a larger alpha. Alpha = 4 was not trained.",
     "reproduce/homotopy": "With gamma learned, codes of training images match the prior far better than with gamma "
-    "fixed at its final value from the start. The gradients behave as the paper says: small at first, large at last. The "
-    "reconstruction errors end 5 to 6% apart, where the paper's nearly agree.",
+    "fixed at its final value from the start. The gradients behave as the paper says: small at first, large at last. "
+    "The reconstruction errors end 5 to 6% apart, where the paper's nearly agree.",
     "reproduce/select": "The gap between training and test NLL is significant at nearly every alpha once training is "
     "long, so the rule finds none to choose. Where it does choose, at 2,500 steps, its alpha is not one that repairs "
     "SVHN, because none does. The paper proposes the rule without figures.",

@@ -26,7 +26,7 @@ def path(args):
         kept = {int(re.search(r"\d+", file.stem)[0]) for name in ("step-*.pt", "at-*") for file in config.parent.glob(
             name)}
         if settings["data"] == "cifar10" and settings["iters"] == STEPS["paper"]:
-            every += [m for step in kept if (m := at_step(config.parent, step, settings, args))]
+            every += [m for step in sorted(kept) if (m := at_step(config.parent, step, settings, args))]
     every.sort(key=lambda m: (m["alpha"], m["seed"], m["step"]))
     curves = {}
     for m in every:
@@ -46,8 +46,8 @@ def path(args):
 def at_step(run, step, settings, args):
     """What the weights measure that a run kept at a step, evaluating them if need be; None where that is left out."""
     out = run / f"at-{step}"
-    command = ["eval.py", "--ckpt", str(run / f"step-{step}.pt"), "--outliers", *PAIRS["cifar10"], "--iw-samples", str(IW_SAMPLES),
-               "--max-images", str(IMAGES), "--scores", "nll", "--out", str(out)]
+    command = ["eval.py", "--ckpt", str(run / f"step-{step}.pt"), "--outliers", *PAIRS["cifar10"], "--iw-samples",
+               str(IW_SAMPLES), "--max-images", str(IMAGES), "--scores", "nll", "--out", str(out)]
     if not (out / "metrics.json").exists():
         if args.budget == 0:
             return None
