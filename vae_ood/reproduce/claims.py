@@ -150,7 +150,10 @@ MEANING = {  # of each experiment, in three sentences
     "reproduce/compute": "SVHN takes fewer bits than CIFAR-10's own test images at every alpha and at every length of "
     "training: the failure reproduces. A larger alpha does not repair it at equal steps, and more steps make it worse. "
     "Alpha of 2 and more had 2,500 steps, too few to judge the repair that the paper reports.",
-    "reproduce/path": "TODO",
+    "reproduce/path": "Under the paper's own settings, 200,000 steps with gamma learned, training bpd and gamma end "
+    "within 0.02 bpd and 3% of the paper's at alpha = 1/4 and 1/2. The test bpd does not: it ends 0.02 and 0.11 above "
+    "the training bpd, and at alpha = 1/2 it rises from 50,000 steps on, where the paper has no gap at all. SVHN falls "
+    "further below the test images as training goes on.",
     "reproduce/fig4": "Nearly all latent dimensions stay active, 506 to 508 of 512: after 2,800 steps nothing is "
     "pruned. No cut-off is there that could be sharper at a larger alpha. Alpha = 4 was not trained.",
     "reproduce/homotopy": "With gamma learned, codes of training images match the prior far better than with gamma "

@@ -109,8 +109,11 @@ def draw(axes, curves):
         level = 0.5 if "AUROC" in name else 0 if "minus" in name else None
         if level is not None:
             one.axhline(level, color="gray", linestyle=":")
-        one.set(xscale="log", xlabel="training steps", ylabel=title, **({"ylim": (0, 1)} if "AUROC" in name else {}))
-    first = axes.flat[0]
+        one.set(xscale="log", xlabel="training steps", ylabel=title, **(
+            {"ylim": (0, 1)} if "AUROC" in name else {"yscale": "log"} if name == "gamma" else {}))
+    first, finals = axes.flat[0], [m for curve in curves.values() for m in curve if m["step"] == STEPS["paper"]]
+    if finals:  # else the first steps leave no room for what matters
+        first.set(ylim=(None, max(m["sets"]["test"]["bpd"] for m in finals) + 0.4))
     first.plot([], [], "k--", label="train")
     first.plot([], [], "kx", label="the paper")
     first.legend(frameon=False)
