@@ -60,8 +60,7 @@ from vae_ood import UserError, checkpoint
 from vae_ood.cli import RANK, make_folder, pick_device
 from vae_ood.detector import Detector
 from vae_ood.member import Member
-from vae_ood.evaluation import (
-    FIT_IMAGES, check_scores, evaluate, evaluated, limit_images, load_inliers, load_outliers)
+from vae_ood.evaluation import FIT_IMAGES, evaluate, limit_images, load_inliers, load_outliers, scores_of
 from vae_ood.features import DECODED_OFTEN
 from vae_ood.parallel import agree, from_first, workers
 from vae_ood.scores import SCORES
@@ -90,6 +89,7 @@ def find_detector(args, device):
     """The detector of --detector, or of the run that --ckpt names, fitted where there is none or --fit asks for it."""
     if args.detector:
         detector = Detector.load(args.detector, device)
+        args.scores = scores_of(args.scores, detector.config.get("tile"), [])
         if missing := [name for name in args.scores if name not in detector.scores]:
             raise UserError(f"{args.detector} is fitted with {', '.join(detector.scores)}: fit {missing[0]} with "
                             f"eval.py --ckpt RUN --fit --scores {missing[0]}")
@@ -98,10 +98,11 @@ def find_detector(args, device):
     whole = Path(args.ckpt).is_dir() or Path(args.ckpt).name in ("ckpt.pt", "best.pt")  # not one of --keep-at
     if whole and not args.fit and from_first(kept.exists):
         detector = Detector.load(kept, device)
+        args.scores = scores_of(args.scores, detector.config.get("tile"), [])
         if detector.serves(args):
             return detector
     _, members = load_members(args, device)
-    args.scores = args.scores or ["default"]
+    args.scores = scores_of(args.scores, members[0][1].get("tile"), ["default"])
     reads = {feature for name in args.scores for feature in SCORES[name].reads}
     _, config, _ = members[0]
     limit_images(args, config["shape"], config["alpha"], config["kappa"], device,
@@ -134,7 +135,7 @@ def load_members(args, device):
 
 
 def main(args):
-    check_scores(args)
+    scores_of(args.scores, None)  # refused before anything is read
     device = pick_device(args.device)
     with workers(device, args.timeout):
         if args.score or args.fit:
@@ -150,7 +151,7 @@ def main(args):
             raise UserError(f"{args.ckpt} holds {len(members)} folds: outlier sets are evaluated for one model; give "
                             f"one of them, {paths[0].parent}")
         (model, config, split), = members
-        args.scores = args.scores or evaluated(config.get("tile"))
+        args.scores = scores_of(args.scores, config.get("tile"))
         limit_images(args, config["shape"], config["alpha"], config["kappa"], device)
         out = Path(args.out or paths[0].parent)
         sets = load_inliers(config, args, split)

@@ -1,6 +1,6 @@
 """Train a VAE, then evaluate it as an outlier detector.
 
-    python run.py                                                      the embedded sprites, about two minutes
+    python run.py                                                      the embedded sprites, about a minute
     python run.py --data fashionmnist --recipe fast --data-root DIR    real images, some twenty minutes on two cores
     python run.py --data cifar10 --alpha 4 --kappa 32                  the paper's protocol, for a GPU
     python run.py --data my_photos/ --recipe fast --out runs/mine      your own images (a folder, .npy or .npz)
@@ -73,8 +73,9 @@ def add_training_arguments(parser):
                        "of these steps for good, each as step-<STEP>.pt, which eval.py takes")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on "
                        "CUDA; on a CPU it gained nothing)")
-    group.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), default="float32", help="of the "
-                       "network's products in training: float32 (default), tf32 on CUDA, or bfloat16 autocast")
+    group.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), help="of the network's products in "
+                       "training: float32, tf32 on CUDA, or bfloat16 autocast (default: float32; with --recipe fast "
+                       "from --alpha 1 on bfloat16 on a CPU that has it; with --resume that of the run)")
     group.add_argument("--no-eval", action="store_true", help="train only")
 
 
@@ -156,13 +157,11 @@ def describe(parts, args):
 
 
 def main(args):
-    evaluation.check_scores(args)
+    args.scores = evaluation.scores_of(args.scores, args.tile)
     device = pick_device(args.device)
-    if args.precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 needs an NVIDIA GPU: give float32 or bfloat16")
     if args.batch_size < WORLD:
         raise UserError(f"--batch-size {args.batch_size}: each of the {WORLD} workers needs an image of a step")
-    own, args.scores = args.data not in NAMED, args.scores or evaluation.evaluated(args.tile)
+    own = args.data not in NAMED
     if own:
         if not Path(args.data).exists():
             raise UserError(f"unknown data '{args.data}': give a path that exists, or one of {', '.join(NAMED)}")

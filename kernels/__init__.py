@@ -23,8 +23,14 @@ except ImportError:  # there are wheels for Linux only; elsewhere every op takes
 OVERRIDE = None  # True: always a kernel, False: never; for tests
 
 
+def constant_to_compiler(function):
+    """torch.compiler.assume_constant_result, which does this alone, but imports the compiler first, a second."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 @functools.cache
-@torch.compiler.assume_constant_result  # below the cache, which torch.compile looks through
+@constant_to_compiler  # below the cache, which torch.compile looks through
 def driver_starts():
     """Whether Triton's driver starts, with a warning if not: it is built on the spot, by a C compiler."""
     try:

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -6,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.halves import pytest_runtestloop  # noqa: F401
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # of each of the two processes (tests/halves.py)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that they run
 
 
 @pytest.fixture(scope="session")
@@ -22,12 +26,35 @@ def data_root():
 
 
 @pytest.fixture(scope="session")
-def command():
-    """Run `python ARGUMENTS` as a user does, from the repository root."""
+def forks(tmp_path_factory):
+    """Run `python ARGUMENTS` in a fork of tests/zygote.py, from the repository root."""
+    files = {name: tmp_path_factory.mktemp("forks") / name for name in ("stdout", "stderr")}
+    zygote = subprocess.Popen([sys.executable, ROOT / "tests/zygote.py"], cwd=ROOT, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+
+    def run(arguments):
+        for file in files.values():
+            file.write_bytes(b"")
+        print(json.dumps({"arguments": arguments, "environment": dict(os.environ)} | {
+            name: str(file) for name, file in files.items()}), file=zygote.stdin, flush=True)
+        code = zygote.stdout.readline()
+        assert code, "tests/zygote.py ended"
+        return subprocess.CompletedProcess(arguments, int(code), *(file.read_text() for file in files.values()))
+
+    yield run
+    zygote.stdin.close()
+    zygote.wait()
+
+
+@pytest.fixture(scope="session")
+def command(forks):
+    """Run `python ARGUMENTS` as a user does, from the repository root; in a process of its own where it is given
+    options, such as an environment, and on a GPU, which bears no forks."""
 
     def run(*arguments, check=True, **options):
-        result = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                                timeout=500, **options)
+        arguments = [*map(str, arguments)]
+        result = forks(arguments) if not options and not torch.cuda.is_available() else subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500, **options)
         if check:
             assert result.returncode == 0, result.stdout + result.stderr
         return result

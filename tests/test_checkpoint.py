@@ -16,15 +16,20 @@ from tests.conftest import ROOT
 from vae_ood import UserError, checkpoint
 from vae_ood.cli import lock
 from vae_ood.model import VAE
+from vae_ood.step import Adam
 
 MODEL = {"shape": [1, 8, 8], "alpha": 0.1, "kappa": 2}
 CONFIG = MODEL | {"data": "mnist", "sprite_factors": 4, "skip_bad": False, "dequantize": False, "seed": 0}
 
 
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 @pytest.fixture
 def saved(tmp_path):
     model = VAE(**MODEL)
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = Adam(trained(model), 1e-3)
     checkpoint.save(tmp_path / "ckpt.pt", model.state_dict(), optimizer.state_dict(), 7, CONFIG, 1.5)
     return tmp_path / "ckpt.pt", model, optimizer
 
@@ -48,6 +53,28 @@ def test_a_copy_is_of_the_state_then(saved):
                                 strict=True):
         assert copied is None or (torch.equal(copied, old) and copied.stride() == now.stride()
                                   if isinstance(old, torch.Tensor) else copied == old)
+
+
+def test_adam_goes_on_from_torch_s_own_state(saved):
+    path, model, ours = saved
+    copied = copy.deepcopy(model)
+    theirs = torch.optim.Adam(trained(copied), fused=True)
+    for step in range(3):
+        for one in (copied, model) if step == 2 else (copied,):
+            sum(p.sin().sum() for p in one.parameters()).backward()
+        if step == 2:
+            ours.step()
+        theirs.step()
+        theirs.zero_grad()
+        if step == 1:
+            checkpoint.save(path, copied.state_dict(), theirs.state_dict(), 2, CONFIG)
+            assert checkpoint.resume(path, CONFIG, model, ours)[0] == 2
+    for a, b in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="shapes"):
+        ours.load_state_dict({"state": {i: {"step": torch.zeros(2)} for i in range(len(ours.params))}})
+    with pytest.raises(KeyError):
+        ours.load_state_dict({"state": {0: ours.state[0]}})
 
 
 def test_precision_was_once_called_amp(saved):
@@ -118,14 +145,14 @@ def test_the_shipped_checkpoints_load(name):
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert all(value.isfinite().all() for value in model.encode(images))
     with pytest.raises(UserError, match="weights alone, to evaluate and not to go on with"):
-        checkpoint.resume(ROOT / "results/runs" / name / "ckpt.pt", {}, model, torch.optim.Adam(model.parameters()))
+        checkpoint.resume(ROOT / "results/runs" / name / "ckpt.pt", {}, model, Adam(trained(model), 1e-3))
 
 
 @pytest.fixture
 def two(tmp_path):
     """Two checkpoints, of steps 7 and 9, and what the newer one holds."""
     model = VAE(**MODEL)
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = Adam(trained(model), 1e-3)
     for step, before in ((2, None), (7, 2), (9, 7)):
         checkpoint.save(tmp_path / "ckpt.pt", model.state_dict(), optimizer.state_dict(), step, CONFIG, before=before,
                         keep=2)
@@ -137,7 +164,7 @@ def test_as_many_checkpoints_are_kept_as_asked(two):
     assert sorted(os.listdir(path.parent)) == ["ckpt-7.pt", "ckpt.pt"]
     assert checkpoint.load(path)["step"] == 9 and checkpoint.load(path.with_name("ckpt-7.pt"))["step"] == 7
     model = VAE(**MODEL)
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = Adam(trained(model), 1e-3)
     states = model.state_dict(), optimizer.state_dict()
     checkpoint.save(path, *states, 8, CONFIG, before=None, keep=2)  # 9 was damaged, 7 was resumed
     assert sorted(os.listdir(path.parent)) == ["ckpt-7.pt", "ckpt.pt"]

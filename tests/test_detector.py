@@ -70,7 +70,7 @@ def test_what_is_loaded_says_bit_for_bit_what_was_saved(detector, saved):
 
 
 def test_other_threads_and_another_place_change_nothing_to_speak_of(detector, saved, tmp_path):
-    code = ("import sys, numpy, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
+    code = ("import sys, numpy, torch; torch.set_num_threads(2); sys.path.insert(0, sys.argv[1])\n"
             "from vae_ood.detector import Detector\n"
             "found = Detector.load(sys.argv[2]); x = numpy.load(sys.argv[3])\n"
             "numpy.save(sys.argv[4], numpy.stack([found.decision_function(x), found.p_value(x)]))")

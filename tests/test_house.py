@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 ORDER = ("kernels", "cli", "parallel", "data", "metrics", "model", "checkpoint", "likelihood", "step", "training",
          "features", "densities", "patches", "pca", "maps", "scores", "member", "detector", "heat", "plots",
-         "scoring", "evaluation", "reproduce", "promise", "pictures", "detection", "sets", "bench")
+         "scoring", "evaluation", "reproduce", "promise", "pictures", "detection", "sets", "bench", "bench_pythae")
 LABORATORY = ORDER[ORDER.index("reproduce"):]
 FILES = [path for folder in ("vae_ood", "kernels", "theory") for path in (ROOT / folder).rglob("*.py")]
 FILES += [ROOT / "run.py", ROOT / "eval.py"]

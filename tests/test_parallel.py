@@ -140,7 +140,7 @@ def test_other_kinds_of_gamma_with_three_workers(tmp_path, arguments):
 def test_workers_need_an_image_of_each_step(monkeypatch):
     monkeypatch.setattr(run, "WORLD", 3)
     with pytest.raises(UserError, match="each of the 3 workers needs an image"):
-        run.main(SimpleNamespace(scores=["nll"], device="cpu", batch_size=2, precision="float32"))
+        run.main(SimpleNamespace(scores=["nll"], device="cpu", batch_size=2, tile=None))
 
 
 def test_workers_share_one_file_of_pictures(tmp_path):

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +14,13 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import run
+from tests.conftest import ROOT
 from vae_ood import UserError, checkpoint, evaluation, member, training
 from vae_ood.bench import plain_loss
 from vae_ood.data.images import Images, Rows, batch_indices, to_unit
 from vae_ood.model import VAE
 from vae_ood.scores import SCORES
-from vae_ood.step import MIN_GAMMA, Training, gamma_floor, learning_rate
+from vae_ood.step import MIN_GAMMA, Training, default_precision, gamma_floor, learning_rate
 
 SHAPE = (1, 8, 8)
 
@@ -123,6 +126,21 @@ def test_twenty_steps_are_those_of_the_plain_formulation(gamma):
         optimizer.step()
     for ours, theirs in zip(one.trained, plain.trained, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("has", "recipe", "alpha", "device", "precision"), [
+    ("avx512_bf16", "fast", 1, "cpu", "bfloat16"), ("amx_bf16", "fast", 4, "cpu", "bfloat16"),
+    ("avx512_f", "fast", 1, "cpu", "float32"), ("avx512_bf16", "paper", 1, "cpu", "float32"),
+    ("avx512_bf16", "fast", 0.5, "cpu", "float32"), ("avx512_bf16", "fast", 1, "cuda", "float32")])
+def test_bfloat16_is_chosen_where_it_gains(monkeypatch, has, recipe, alpha, device, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
+    assert default_precision(SimpleNamespace(recipe=recipe, alpha=alpha), torch.device(device)) == precision
+
+
+def test_a_step_imports_no_compiler():
+    """It would take a second of each command."""
+    code = "import sys; from tests.test_run import tiny; tiny().step(0); sys.exit('torch._dynamo' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode
 
 
 class Count(TorchDispatchMode):

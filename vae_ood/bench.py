@@ -2,6 +2,7 @@
 
     python -m vae_ood.bench > results/bench.md          both shapes, alpha = 1/4, 1 and 4: 20 minutes on two cores
     python -m vae_ood.bench --alpha 1 --shapes cifar10
+    python -m vae_ood.bench --pythae VENV/bin/python    pythae's too, where `pip install pythae` was done there
 
 Each thing that is timed has a process of its own, and they take turns, so a noisy machine is noisy for all of them; a
 figure is the median over the rounds. `plain` is the same model and loss as most repositories write them, as it comes
@@ -14,7 +15,9 @@ import io
 import json
 import math
 import multiprocessing
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +37,7 @@ from vae_ood.training import CONFIG, train
 
 DATA = "fashionmnist", "cifar10"
 KAPPA, BATCH, IW_SAMPLES = 32, 64, 16
+PYTHAE_SAMPLES = 100  # which its get_nll decodes at once, by default
 PLAIN = {"eager": (False, False), "eager channels-last": (False, True), "compiled": (True, False),
          "compiled channels-last": (True, True)}  # whether it is compiled, and channels-last
 SIZES = 512, 1024, 2048, 4096  # of the matrix products
@@ -84,12 +88,12 @@ def matrix_product(device, shape, alpha):
     return measure
 
 
-def training(device, shape, alpha):
+def training(device, shape, alpha, precision="float32"):
     """Seconds a step of run.py's own loop, logging included."""
     pixels = images(2048, shape)
     args = SimpleNamespace(**dict.fromkeys(CONFIG) | {
         "alpha": alpha, "kappa": KAPPA, "gamma": "learn", "schedule": "constant", "batch_size": BATCH, "lr": 1e-4,
-        "seed": 0, "precision": "float32", "recipe": "fast", "keep": 1, "keep_at": [], "compile": None,
+        "seed": 0, "precision": precision, "recipe": "fast", "keep": 1, "keep_at": [], "compile": None,
         "checkpoint_seconds": math.inf})
 
     def measure(steps):
@@ -185,17 +189,47 @@ def ask(connection, what, steps):
     return value
 
 
-def timings(shape, alpha, args, device):
-    """{what: median seconds} of everything at one shape and alpha; compiled variants that could not run are left
-    out."""
-    jobs = {"matrix product": (matrix_product,), "training": (training,), "network": (network,),
-            "likelihood": (likelihood,)} | {variant: (plain, variant) for variant in PLAIN}
+class Beside:
+    """The process of bench_pythae.py that times `what`, as a connection."""
+
+    def __init__(self, python, what, shape, alpha):
+        self.process = subprocess.Popen(
+            [python, "-m", "vae_ood.bench_pythae", what, *map(str, (PYTHAE_SAMPLES, *shape, alpha))], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent)
+
+    def send(self, steps):
+        """Ask for so many steps; 0 ends it."""
+        if steps:
+            print(steps, file=self.process.stdin, flush=True)
+        else:
+            self.process.stdin.close()
+
+    def recv(self):
+        """The seconds of a step. Raises EOFError, as a connection does."""
+        if not (line := self.process.stdout.readline()):
+            raise EOFError
+        return float(line)
+
+
+def started(shape, alpha, args, device):
+    """{what: a connection to its process} of everything at one shape and alpha."""
+    jobs = {"matrix product": (matrix_product,), "training": (training,), "bfloat16": (training, "bfloat16"),
+            "network": (network,), "likelihood": (likelihood,)} | {variant: (plain, variant) for variant in PLAIN}
     context, workers = multiprocessing.get_context("spawn"), {}
     for what, (make, *rest) in jobs.items():
         workers[what], theirs = context.Pipe()
         context.Process(target=serve, daemon=True, args=(
             theirs, torch.get_num_threads(), device.type, make, shape, alpha, *rest)).start()
         theirs.close()  # so that the end of the process is noticed
+    beside = ("training", "likelihood") if args.pythae else ()
+    return workers | {f"pythae {what}": Beside(args.pythae, what, shape, alpha) for what in beside}
+
+
+def timings(shape, alpha, args, device):
+    """{what: median seconds} of everything at one shape and alpha; compiled variants that could not run are left
+    out."""
+    workers = started(shape, alpha, args, device)
+    for what in list(workers):
         try:
             ask(workers[what], what, 3)  # compiles, and warms up
         except UserError as error:
@@ -214,6 +248,13 @@ def timings(shape, alpha, args, device):
     return {what: statistics.median(values[1:] or values) for what, values in seconds.items()}
 
 
+def executable(path):
+    """argparse type: a program."""
+    if not shutil.which(path):
+        raise argparse.ArgumentTypeError(f"there is no program {path}")
+    return path
+
+
 def main():
     """The command."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,17 +263,25 @@ def main():
     parser.add_argument("--rounds", type=positive_int, default=6, help="of everything in turn; the first only warms up")
     parser.add_argument("--seconds", type=positive_float, default=2, help="of each thing in a round (default 2)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--pythae", type=executable, metavar="PYTHON", help="of a virtual environment with pythae, "
+                        "timed on the CPU")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if args.pythae and device.type != "cpu":
+        raise UserError("--pythae is timed on the CPU: give --device cpu with it")
+    if args.pythae and subprocess.run([args.pythae, "-c", "import pythae"], capture_output=True).returncode:
+        raise UserError(f"--pythae {args.pythae}: no Python with pythae; make a virtual environment, and pip install "
+                        "pythae there")
     where = torch.cuda.get_device_name() if device.type == "cuda" else (
         f"{torch.get_num_threads()} CPU threads ({torch.backends.cpu.get_cpu_capability()})")
-    print(f"{where}; torch {torch.__version__}, float32, batches of {BATCH}, K = {IW_SAMPLES}, kappa = {KAPPA}; "
-          f"medians of {args.rounds - 1} rounds. Share: of the matrix-product rate (the best of the sizes "
-          f"{', '.join(map(str, SIZES))}, in the same rounds). Outside: the share of a training step that is not the "
-          "network's forward and backward pass (data, noise, loss, optimiser, logging).\n")
+    print(f"{where}; torch {torch.__version__}, float32 where no other is named, batches of {BATCH}, K = {IW_SAMPLES}, "
+          f"kappa = {KAPPA}; medians of {args.rounds - 1} rounds. Share: of the matrix-product rate (the best of the "
+          f"sizes {', '.join(map(str, SIZES))}, in the same rounds). Outside: the share of a training step that is not "
+          "the network's forward and backward pass (data, noise, loss, optimiser, logging).\n")
     titles = ["shape", "alpha", "matrix product GFLOP/s", "training images/s", "GFLOP/s", "share", "outside",
               "IW-NLL decodes/s", "GFLOP/s", "share", *(f"plain {variant} ms" for variant in PLAIN), "ours ms",
-              "plain eager / ours", "best plain / ours"]
+              "plain eager / ours", "best plain / ours", "bfloat16 ms", "ours / bfloat16",
+              *(["pythae ms", "pythae / ours", "pythae decodes/s", "ours / pythae"] if args.pythae else [])]
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}", flush=True)
     for name in args.shapes:
         for alpha in args.alpha:
@@ -245,7 +294,17 @@ def main():
                 f"{of_step * BATCH / step / rate:.0%}", f"{max(0, 1 - t['network'] / step):.1%}",
                 f"{decodes:,.0f}", f"{of_decode * decodes / 1e9:.0f}", f"{of_decode * decodes / rate:.0%}",
                 *(f"{1e3 * t[variant]:.1f}" if variant in t else "" for variant in PLAIN), f"{1e3 * step:.1f}",
-                f"{t['eager'] / step:.2f}", f"{best / step:.2f}"]) + " |", flush=True)
+                f"{t['eager'] / step:.2f}", f"{best / step:.2f}", f"{1e3 * t['bfloat16']:.1f}",
+                f"{step / t['bfloat16']:.2f}", *beside(t, step, decodes)]) + " |", flush=True)
+
+
+def beside(t, step, decodes):
+    """The cells of pythae beside ours."""
+    if "pythae training" not in t:
+        return []
+    theirs = PYTHAE_SAMPLES / t["pythae likelihood"]
+    return [f"{1e3 * t['pythae training']:.1f}", f"{t['pythae training'] / step:.2f}", f"{theirs:,.0f}",
+            f"{decodes / theirs:.2f}"]
 
 
 if __name__ == "__main__":

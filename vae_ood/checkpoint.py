@@ -231,9 +231,7 @@ def restore(state, path, model, optimizer=None, assign=False):
             raise TypeError
         model.load_state_dict(state["model"], assign=assign)
         if optimizer is not None:
-            own = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
             optimizer.load_state_dict(state["optimizer"])
-            optimizer.param_groups[0].update(own)  # how it runs depends on the device
     except Exception as error:  # foreign tensors: torch raises RuntimeError, KeyError, ValueError, TypeError...
         raise UserError(f"{path} is damaged: its tensors do not fit its settings ({type(error).__name__})") from None
 

@@ -97,7 +97,8 @@ def add_evaluation_arguments(parser):
                        "constant, two_blobs, discs, cut_out, the test images blurred, noisy, faded or patched, or "
                        "paths (default: the paper's for the data set)")
     group.add_argument("--scores", nargs="+", metavar="NAME",
-                       help="outlier scores (default: all but regret; with --score: default)")
+                       help="outlier scores; all: all but the slow regret (default: default, nll and the control pca; "
+                       "with --score: default)")
     group.add_argument("--iw-samples", type=positive_int, default=16, metavar="K",
                        help="samples of z an image, for every estimate (default 16)")
     group.add_argument("--max-images", type=positive_int, metavar="N",

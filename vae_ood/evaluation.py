@@ -26,23 +26,23 @@ from vae_ood.parallel import crc32
 from vae_ood.scores import SCORES
 
 NO_CODE = "\N{EN DASH}"  # in place of bits per dimension
-EVALUATED = [name for name in SCORES if name != "regret"]  # which takes minutes
+ALL = [name for name in SCORES if name != "regret"]  # which takes minutes
+BRIEF = ["default", "nll", "pca"]  # the last is a control, which sees no model
 LIKELIHOOD_TILES = 1_000  # of a set's pictures in tiles, at most
 MMD_IMAGES = 5_000  # of the training set, at most, against as many samples of the prior
 CPU_FLOPS = 1e13  # the most that decoding a set may take on a CPU (some two minutes on two cores)
 
 
-def evaluated(tile):
-    """The scores that are evaluated by default: of tiles, which are many, those alone that decode each once."""
-    return [name for name in EVALUATED if not tile or not set(SCORES[name].reads) & set(DECODED_OFTEN)]
-
-
-def check_scores(args):
-    """UserError unless every name in --scores is a score; none where it does not say."""
-    args.scores = args.scores or []
-    for name in args.scores:
-        if name not in SCORES:
-            raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}")
+def scores_of(named, tile, brief=BRIEF):
+    """The scores that --scores names, `brief` where it is not given. `all` stands for ALL; of tiles, which are many,
+    that and `brief` are those alone that decode each once. UserError for an unknown one."""
+    found = []
+    for name in named or brief:
+        if name != "all" and name not in SCORES:
+            raise UserError(f"unknown score '{name}': choose from {', '.join(SCORES)}, or give all")
+        found += [one for one in (ALL if name == "all" else [name])
+                  if not tile or (named and name != "all") or not set(SCORES[one].reads) & set(DECODED_OFTEN)]
+    return list(dict.fromkeys(found))
 
 
 def limit_images(args, shape, alpha, kappa, device, images=TRAIN_IMAGES, samples=None):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adam import adam
 
 from vae_ood import UserError
 from vae_ood.cli import WORLD, out_of_memory
@@ -21,7 +22,7 @@ from vae_ood.model import VAE
 from vae_ood.parallel import part, total
 
 AHEAD = 50  # steps whose indices and noise are drawn at once, so that a GPU seldom waits for them
-EAGER = 3  # steps before the one that is captured: kernels are compiled, and the optimiser gets its state
+EAGER = 3  # steps before the one that is captured: kernels are compiled, and memory is allotted
 GAMMA_IMAGES = 10_000  # training images whose MSE is the gamma of a finished `optimal` or `homotopy` run
 MIN_GAMMA = 1e-10  # images that are reconstructed exactly have no finite log-likelihood
 HOMOTOPY = (0, 5000 / 7, 2000), (0, -5, -7)  # steps, log of the floor: slower where weak factors of the data join in
@@ -126,6 +127,54 @@ class Objective(nn.Module):
         return (kl.sum(1) - log_likelihood).sum() / self.batch_size, mse, log_gamma.detach().exp(), kl.detach()
 
 
+class Adam:
+    """torch.optim.Adam (arXiv 1412.6980) by that module's own function. The class would import torch's compiler, for
+    which every command would wait a second."""
+
+    def __init__(self, params, lr, capturable=False):
+        """lr: a number, or a tensor, which a captured step reads anew; `capturable`: on CUDA, to be captured."""
+        self.params, self.lr, self.capturable = list(params), lr, capturable
+        self.state = [{"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                       "exp_avg_sq": torch.zeros_like(p)} for p in self.params]
+
+    def zero_grad(self):
+        """Forget the gradients."""
+        for p in self.params:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        """Update the parameters by their gradients."""
+        steps, exp_avgs, exp_avg_sqs = ([state[name] for state in self.state] for name in (
+            "step", "exp_avg", "exp_avg_sq"))
+        adam(self.params, [p.grad for p in self.params], exp_avgs, exp_avg_sqs, [], steps, fused=True,
+             capturable=self.capturable, amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=0.0, eps=1e-8,
+             maximize=False)
+
+    def state_dict(self):
+        """The tensors by the parameters' numbers."""
+        return {"state": dict(enumerate(self.state))}
+
+    def load_state_dict(self, saved):
+        """Take over what `state_dict` gave, or that of torch.optim.Adam, which has no state before its first step."""
+        states = saved["state"] or dict(enumerate(self.state))
+        if states.keys() != set(range(len(self.state))):
+            raise KeyError("parameters")
+        for i, own in enumerate(self.state):
+            for name, value in own.items():
+                if states[i][name].shape != value.shape:
+                    raise ValueError("shapes")
+                value.copy_(states[i][name])
+
+
+def default_precision(args, device):
+    """bfloat16 for the fast recipe from alpha = 1 on, where layers are wide enough to gain, on a CPU that multiplies
+    in it; else float32."""
+    has = torch.cpu.get_capabilities()
+    gains = args.recipe == "fast" and args.alpha >= 1 and (has.get("avx512_bf16") or has.get("amx_bf16"))
+    return "bfloat16" if device.type == "cpu" and gains else "float32"
+
+
 @contextmanager
 def arithmetic(precision):
     """CUDA's convolutions and matrix products by TF32 or not, each sum always in the same order."""
@@ -156,7 +205,7 @@ class Training:
         self.batches, self.floor = Batches(args, images, device), torch.tensor(1.0, device=device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.lr = torch.tensor(args.lr, device=device) if self.graphed else args.lr  # a graph reads what it finds there
-        self.optimizer = torch.optim.Adam(self.trained, lr=self.lr, fused=True, capturable=self.graphed)
+        self.optimizer = Adam(self.trained, self.lr, self.graphed)
         objective = Objective(self.model, args.batch_size, self.profiled, args.precision)
         if WORLD > 1:  # it averages the gradients over the workers while the backward pass goes on
             objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
@@ -169,7 +218,7 @@ class Training:
         if self.graphed:
             self.lr.fill_(lr)
         else:
-            self.optimizer.param_groups[0]["lr"] = lr
+            self.optimizer.lr = lr
         self.floor.fill_(gamma_floor(step, self.args))
         return self.batches(step)
 

@@ -19,7 +19,7 @@ from vae_ood.data.tiles import Tiles
 from vae_ood.likelihood import bits_per_dim, evaluate
 from vae_ood.metrics import ACTIVE_NATS
 from vae_ood.parallel import any_worker, crc32, from_first, total
-from vae_ood.step import Training
+from vae_ood.step import Training, default_precision
 
 CONFIG = ("data", "sprite_factors", "skip_bad", "dequantize", "alpha", "kappa", "gamma", "schedule", "iters",
           "batch_size", "lr", "seed", "precision")  # what determines the result; a resumed run must agree in all of it
@@ -93,6 +93,7 @@ class Loop:
         args, left, device = self.args, self.args.iters - self.step, self.run.device.type
         expected = self.run.warm_up(self.step) * left
         where, about = f"{device} x {WORLD}" if WORLD > 1 else device, "at most" if self.run.graphed else "about"
+        where += f" in {args.precision}" * (args.precision != "float32")
         print(f"{sum(p.numel() for p in self.run.model.parameters()):,} parameters, {len(self.run.batches.images):,} "
               f"training images, {left:,} steps of {args.batch_size} on {where}: {about} {duration(expected)}",
               flush=True)
@@ -192,12 +193,24 @@ class Loop:
         return f"{shown}  gamma {record['gamma']:.3g}  {speed:.0f} images/s  {left} left"
 
 
+def choose_precision(args, out, device):
+    """--precision, or that of the run in `out` which goes on, or `default_precision`; the same for all workers."""
+    def choose():
+        state, _ = checkpoint.load_newest(out / "ckpt.pt")
+        return state["config"].get("precision") if state else default_precision(args, device)
+    precision = args.precision or from_first(choose)
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 needs an NVIDIA GPU: give float32 or bfloat16")
+    return precision
+
+
 def train(args, images, out, device, split=None, validation=None):
     """Train on uint8 images [N, C, H, W] to args.iters, checkpointing to `out`; returns (model, config).
 
     Of `Tiles` each step draws its own. With `validation` images, as `images`, the model is that of the best step on
     them. `split` goes into the checkpoints, good after a KeyboardInterrupt, or UserError for a loss not finite.
     """
+    args.precision = choose_precision(args, out, device)
     whole = images.pictures if isinstance(images, Tiles) else images
     config = {name: getattr(args, name) for name in CONFIG} | {
         "shape": list(images.shape[1:]), "images_crc32": crc32(whole), "images_digest": set_digest(whole)}

@@ -25,7 +25,7 @@ from PIL import Image
 from tests.conftest import ROOT
 from vae_ood import checkpoint
 from vae_ood.data import load
-from vae_ood.scores import COMPONENTS, PATCHES
+from vae_ood.scores import COMPONENTS, PATCHES, SCORES
 
 TINY = ("run.py", "--alpha", 0.1, "--batch-size", 16, "--no-compile")
 OWN = (*TINY, "--recipe", "fast", "--no-eval", "--data")
@@ -90,9 +90,15 @@ def test_metrics_follow_from_the_scores(tiny_run):
 
 def test_eval_repeats_what_run_measured(tiny_run, command, tmp_path):
     out, _ = tiny_run
-    command("eval.py", "--ckpt", out / "ckpt.pt", "--iw-samples", 2, "--max-images", 300, "--out", tmp_path)
+    command("eval.py", "--ckpt", out / "ckpt.pt", "--iw-samples", 2, "--max-images", 300, "--out", tmp_path / "a",
+            env=os.environ)  # not a fork of what ran it
     for name in ("metrics.json", "scores.csv"):
-        assert (tmp_path / name).read_text() == (out / name).read_text()
+        assert (tmp_path / "a" / name).read_text() == (out / name).read_text()
+    command("eval.py", "--ckpt", out / "ckpt.pt", "--iw-samples", 2, "--max-images", 300, "--scores", "all", "--out",
+            tmp_path / "b")
+    few, all_of_them = (json.loads((place / "metrics.json").read_text())["scores"] for place in (out, tmp_path / "b"))
+    assert list(few) == ["default", "nll", "pca"] and set(all_of_them) == set(SCORES) - {"regret"}
+    assert all(all_of_them[name] == few[name] for name in few)
 
 
 def test_score_own_images(tiny_run, command, tmp_path):
@@ -266,13 +272,15 @@ def test_latent_spectrum_shows_the_dimension_of_the_sprites(command, tmp_path, f
 
 def test_half_written_log_and_flags_that_differ(command, tmp_path):
     arguments = (*TINY, "--no-eval", "--out", tmp_path / "a")
-    command(*arguments, "--iters", 100)
+    command(*arguments, "--iters", 100, "--precision", "bfloat16")
     with open(tmp_path / "a" / "log.jsonl", "a") as file:
         file.write('{"step": 150, "seconds": 3.1}\n{"step": 2')
     assert refused(command(*arguments, "--iters", 100, check=False), "already holds a run", "--resume")
     assert refused(command(*arguments, "--iters", 200, "--resume", check=False), "iters = 100, not 200")
+    assert refused(command(*arguments, "--iters", 100, "--resume", "--precision", "float32", check=False),
+                   "precision = bfloat16, not float32")
     assert len((tmp_path / "a" / "log.jsonl").read_text().splitlines()) == 5  # nothing was touched
-    command(*arguments, "--iters", 100, "--resume")
+    command(*arguments, "--iters", 100, "--resume")  # with the precision that it has
     lines = (tmp_path / "a" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 50, 100]
 

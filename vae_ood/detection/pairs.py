@@ -26,7 +26,6 @@ from vae_ood.data.own import to_pixels
 from vae_ood.data.synthetic import CORRUPTIONS, corrupt
 from vae_ood.detection import contenders, frontier
 from vae_ood.detector import Detector
-from vae_ood.evaluation import EVALUATED
 from vae_ood.metrics import conformal_p_values, detection
 from vae_ood.reproduce.runs import BATCH, IW_SAMPLES, Run, execute, measured
 
@@ -71,7 +70,8 @@ def evaluation(run, runs, outliers, *scores):
     out = folder / "-".join(["detection", *scores])
     sets = [str(Path(runs, f"{LANCZOS}.npy")) if one == LANCZOS else one for one in outliers]
     return out, ["eval.py", "--ckpt", str(folder / "ckpt.pt"), "--outliers", *sets, "--iw-samples", str(IW_SAMPLES),
-                 *(["--max-images", str(REGRET_IMAGES), "--scores", *scores] if scores else []), "--out", str(out)]
+                 *(["--max-images", str(REGRET_IMAGES)] if scores else []), "--scores", *(scores or ["all"]), "--out",
+                 str(out)]
 
 
 def named(run, args):
@@ -167,7 +167,7 @@ def by_detector(commands, args, against):
 
 def fitting(run):
     """The arguments of python that fit every score to a run, but those that take minutes."""
-    return ["eval.py", "--ckpt", str(run), "--fit", "--iw-samples", str(IW_SAMPLES), "--scores", *EVALUATED]
+    return ["eval.py", "--ckpt", str(run), "--fit", "--iw-samples", str(IW_SAMPLES), "--scores", "all"]
 
 
 def tile_parts(args):

@@ -2,6 +2,7 @@
 
     python -m vae_ood.reproduce table1 --iters 2800 --data-root DIR   FashionMNIST in some 45 minutes on two cores
     python -m vae_ood.reproduce table2 --recipe paper                 the paper's protocol; its cost is printed first
+    python -m vae_ood.reproduce path --runs results/paper             the paper's protocol along its steps
     python -m vae_ood.reproduce claims                                results/README.md, from the JSON files beside it
 
 Every number comes from run.py, run as a command that the JSON file names; a run that is there already, under --runs, is
@@ -22,10 +23,11 @@ from vae_ood.cli import Parser, make_folder, one_line_errors, positive_int
 from vae_ood.reproduce import claims
 from vae_ood.reproduce.compute import compute, select
 from vae_ood.reproduce.latents import fig4, homotopy
+from vae_ood.reproduce.path import path
 from vae_ood.reproduce.runs import STEPS
 from vae_ood.reproduce.tables import table1, table2
 
-TARGETS = {function.__name__: function for function in (table1, table2, fig4, homotopy, select, compute)}
+TARGETS = {function.__name__: function for function in (table1, table2, fig4, homotopy, select, compute, path)}
 
 
 def minutes(text):

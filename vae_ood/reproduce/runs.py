@@ -54,9 +54,9 @@ class Run:
         """The arguments of python, without --data-root."""
         gamma = ["--gamma", f"{self.gamma_star:.6g}" if self.gamma == "fixed" else self.gamma] if self.gamma else []
         return ["run.py", "--data", self.data, "--alpha", f"{self.alpha:g}", "--kappa", str(self.kappa), "--recipe",
-                self.recipe, *gamma, "--iters", str(self.iters), "--seed", str(self.seed), "--iw-samples",
-                str(IW_SAMPLES), "--max-images", str(IMAGES), "--scores", "nll", "--outliers", *PAIRS[self.data],
-                "--resume", "--out", str(Path(runs, self.folder))]
+                self.recipe, *gamma, "--iters", str(self.iters), "--seed", str(self.seed), "--precision", "float32",
+                "--iw-samples", str(IW_SAMPLES), "--max-images", str(IMAGES), "--scores", "nll", "--outliers",
+                *PAIRS[self.data], "--resume", "--out", str(Path(runs, self.folder))]
 
 
 def end_with_parent():

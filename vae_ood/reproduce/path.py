@@ -1,0 +1,119 @@
+"""CIFAR-10 along a training: the weights that `run.py --keep-at` kept under --runs, evaluated, against the steps."""
+
+import json
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+from vae_ood.data import PAIRS
+from vae_ood.plots import markdown
+from vae_ood.reproduce import pages, runs
+from vae_ood.reproduce.compute import QUANTITIES, THEIRS
+from vae_ood.reproduce.paper import ALPHAS, PAPER
+from vae_ood.reproduce.runs import IMAGES, IW_SAMPLES, STEPS
+from vae_ood.reproduce.tables import judged
+
+DRAWN = {"train bpd": lambda m: m["sets"]["train"]["bpd"]} | QUANTITIES
+ENOUGH = 10_000  # steps, before which no order along the training is judged
+
+
+def path(args):
+    """The paper's own protocol, step by step: bpd, gamma and AUROC of CIFAR-10, SVHN and CelebA."""
+    every = []
+    for config in sorted(Path(args.runs).glob("*/config.json")):
+        settings = json.loads(config.read_text())
+        kept = {int(re.search(r"\d+", file.stem)[0]) for name in ("step-*.pt", "at-*") for file in config.parent.glob(
+            name)}
+        if settings["data"] == "cifar10" and settings["iters"] == STEPS["paper"]:
+            every += [m for step in sorted(kept) if (m := at_step(config.parent, step, settings, args))]
+    every.sort(key=lambda m: (m["alpha"], m["seed"], m["step"]))
+    curves = {}
+    for m in every:
+        curves.setdefault((m["alpha"], m["seed"]), []).append(m)
+    rows = [[f"{m['alpha']:g}", f"{m['step']:,}", *(f"{value(m):.{5 if name == 'gamma' else 3}f}"
+             for name, value in DRAWN.items()), str(m["active_dims"]), m["precision"]] for m in every]
+    pages.save(
+        "path", "BPD, gamma and AUROC along the paper's training: CIFAR-10, kappa = 32", {"runs": every},
+        ["gamma learned, Adam at 1e-4, batches of 64, up to 200,000 steps on all 50,000 training images, one seed; the "
+         "layers are this repository's. bpd: of 8-bit data, from the negative ELBO. Outliers are the positive class. "
+         "Trained in the precision that is named, at the commit that the JSON names.", "",
+         *markdown(["alpha", "step", *DRAWN, "active", "trained in"], rows)], checks(curves), every, args)
+    if every:
+        pages.figure("path", args, 2, 3, lambda axes: draw(axes, curves))
+
+
+def at_step(run, step, settings, args):
+    """What the weights measure that a run kept at a step, evaluating them if need be; None where that is left out."""
+    out = run / f"at-{step}"
+    command = ["eval.py", "--ckpt", str(run / f"step-{step}.pt"), "--outliers", *PAIRS["cifar10"], "--iw-samples",
+               str(IW_SAMPLES), "--max-images", str(IMAGES), "--scores", "nll", "--out", str(out)]
+    if not (out / "metrics.json").exists():
+        if args.budget == 0:
+            return None
+        runs.execute(command, args.data_root)
+    metrics = json.loads((out / "metrics.json").read_text())
+    commit = run / "commit"
+    return {"command": f"python {shlex.join(command)}", "step": step, "gamma": metrics["gamma"],
+            "precision": metrics["config"]["precision"], "active_dims": metrics["active_dims"],
+            "commit": commit.read_text().strip() if commit.exists() else None,
+            **{key: settings[key] for key in ("alpha", "kappa", "seed", "iters")},
+            "sets": {name: {key: row[key] for key in ("n", "bpd", "nll", "notes")}
+                     for name, row in metrics["sets"].items()},
+            "detection": {name: {key: row[key] for key in ("auroc", "auroc_ci95", "fpr95")}
+                          for name, row in metrics["scores"]["nll"].items()}}
+
+
+def checks(curves):
+    """[(claim, whether it held, figures)] of {(alpha, seed): [what each kept step measured]}. One that fails at some
+    alpha fails; one that holds is not reached until all of the paper's alphas are."""
+    last = {alpha: curve[-1] for (alpha, _), curve in curves.items() if curve[-1]["step"] == STEPS["paper"]}
+    found = []
+    for name, alphas, sign, word in (("SVHN minus test (bpd)", (0.25, 0.5, 1), -1, "below"),
+                                     ("CelebA minus test (bpd)", ALPHAS, 1, "above")):
+        values = {alpha: QUANTITIES[name](last[alpha]) for alpha in alphas if alpha in last}
+        found.append((f"{name} is {word} 0 after 200,000 steps at alpha = {', '.join(f'{a:g}' for a in alphas)}",
+                      judged(all(sign * value > 0 for value in values.values()), len(values), len(alphas)),
+                      ", ".join(f"{alpha:g}: {value:+.3f}" for alpha, value in values.items())))
+    for name, sign, word in (("SVHN minus test (bpd)", 1, "rises"), ("gamma", -1, "falls"), ("test bpd", -1, "falls")):
+        values = [QUANTITIES[name](m) for _, m in sorted(last.items())]
+        found.append((f"{name} {word} from each alpha to the next after 200,000 steps",
+                      judged(all(sign * (b - a) > 0 for a, b in pairwise(values)), max(0, len(values) - 1),
+                             len(ALPHAS) - 1),
+                      ", ".join(f"{alpha:g}: {value:.4g}" for alpha, value in zip(sorted(last), values, strict=True))))
+    for name, sign, word in (("test bpd", -1, "falls"), ("SVHN minus test (bpd)", 1, "rises")):
+        values = {alpha: [QUANTITIES[name](m) for m in curve if m["step"] >= ENOUGH]
+                  for (alpha, _), curve in curves.items()}
+        pairs = [(a, b) for curve in values.values() for a, b in pairwise(curve)]
+        found.append((f"{name} {word} with the steps at each alpha, from {ENOUGH:,} on",
+                      all(sign * (b - a) > 0 for a, b in pairs) if pairs else None,
+                      "; ".join(f"{alpha:g}: {', '.join(f'{v:.4g}' for v in curve)}"
+                                for alpha, curve in values.items())))
+    return found
+
+
+def draw(axes, curves):
+    """One line a run over the steps, the paper's figure as a cross at 200,000."""
+    panels = {"test and train bpd": "test bpd", "gamma": "gamma", "SVHN minus test (bpd)": "SVHN minus test (bpd)",
+              "CelebA minus test (bpd)": "CelebA minus test (bpd)", "SVHN AUROC": "SVHN AUROC",
+              "CelebA AUROC": "CelebA AUROC"}
+    for one, (title, name) in zip(axes.flat, panels.items(), strict=True):
+        for i, ((alpha, _), curve) in enumerate(curves.items()):
+            steps = [m["step"] for m in curve]
+            one.plot(steps, [DRAWN[name](m) for m in curve], "o-", color=f"C{i}", markersize=4,
+                     label=f"$\\alpha$ = {alpha:g}")
+            if name == "test bpd":
+                one.plot(steps, [DRAWN["train bpd"](m) for m in curve], "--", color=f"C{i}")
+            if name in THEIRS:
+                one.plot(STEPS["paper"], THEIRS[name](PAPER["table2"][alpha]), "x", color=f"C{i}", markersize=9)
+        level = 0.5 if "AUROC" in name else 0 if "minus" in name else None
+        if level is not None:
+            one.axhline(level, color="gray", linestyle=":")
+        one.set(xscale="log", xlabel="training steps", ylabel=title, **(
+            {"ylim": (0, 1)} if "AUROC" in name else {"yscale": "log"} if name == "gamma" else {}))
+    first, finals = axes.flat[0], [m for curve in curves.values() for m in curve if m["step"] == STEPS["paper"]]
+    if finals:  # else the first steps leave no room for what matters
+        first.set(ylim=(None, max(m["sets"]["test"]["bpd"] for m in finals) + 0.4))
+    first.plot([], [], "k--", label="train")
+    first.plot([], [], "kx", label="the paper")
+    first.legend(frameon=False)
