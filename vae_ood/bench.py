@@ -194,8 +194,8 @@ class Beside:
 
     def __init__(self, python, what, shape, alpha):
         self.process = subprocess.Popen(
-            [python, "-m", "vae_ood.bench_pythae", what, *map(str, (PYTHAE_SAMPLES, *shape, alpha))], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent)
+            [python, "-m", "vae_ood.bench_pythae", what, *map(str, (KAPPA, BATCH, PYTHAE_SAMPLES, *shape, alpha))],
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent)
 
     def send(self, steps):
         """Ask for so many steps; 0 ends it."""
@@ -205,9 +205,9 @@ class Beside:
             self.process.stdin.close()
 
     def recv(self):
-        """The seconds of a step. Raises EOFError, as a connection does."""
+        """The seconds of a step, or why there are none."""
         if not (line := self.process.stdout.readline()):
-            raise EOFError
+            return f"its process ended with exit code {self.process.wait()}"
         return float(line)
 
 

@@ -1,6 +1,6 @@
 """pythae's VAE of the layers of model.py, timed by its own trainer and `get_nll`; bench.py runs this with the Python of
---pythae, as pythae's requirements are not ours. It takes what to time, the codes of an image, channels, height, width
-and alpha; then, from stdin, numbers of steps, and answers each with the seconds of a step."""
+--pythae, as pythae's requirements are not ours. It takes what to time, kappa, the batch, the codes of an image,
+channels, height, width and alpha; then, from stdin, numbers of steps, and answers each with the seconds of a step."""
 
 import contextlib
 import logging
@@ -14,10 +14,8 @@ import torch.nn.functional as F
 
 from vae_ood.model import VAE
 
-KAPPA, BATCH = 32, 64
 
-
-def theirs(shape, alpha):
+def theirs(shape, alpha, kappa):
     """pythae's VAE of our layers."""
     from pythae.models import VAE as Pythae
     from pythae.models import VAEConfig
@@ -46,12 +44,12 @@ def theirs(shape, alpha):
                 h = F.relu(conv(h))
             return ModelOutput(reconstruction=last(h).sigmoid())
 
-    layers = VAE(shape, alpha, KAPPA)
-    return Pythae(VAEConfig(input_dim=shape, latent_dim=KAPPA), Encoder(layers), Decoder(layers))
+    layers = VAE(shape, alpha, kappa)
+    return Pythae(VAEConfig(input_dim=shape, latent_dim=kappa), Encoder(layers), Decoder(layers))
 
 
-def seconds(what, samples, shape, model, steps):
-    """Of a step: of training on BATCH images, or of decoding so many samples of an image."""
+def seconds(what, batch, samples, shape, model, steps):
+    """Of a step: of training on a batch, or of decoding so many samples of an image."""
     from pythae.data.datasets import BaseDataset
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
     if what == "likelihood":
@@ -60,25 +58,25 @@ def seconds(what, samples, shape, model, steps):
         with torch.no_grad():
             model.get_nll(x, samples, samples)
         return (time.perf_counter() - started) / steps
-    x = torch.rand(steps * BATCH, *shape)
+    x = torch.rand(steps * batch, *shape)
     with tempfile.TemporaryDirectory() as folder:
         trainer = BaseTrainer(model, BaseDataset(x, torch.zeros(len(x))), training_config=BaseTrainerConfig(
-            output_dir=folder, per_device_train_batch_size=BATCH, no_cuda=True))
+            output_dir=folder, per_device_train_batch_size=batch, no_cuda=True))
         trainer.prepare_training()
         started = time.perf_counter()
         trainer.train_step(1)
         return (time.perf_counter() - started) / steps
 
 
-def main(what, samples, *numbers):
+def main(what, *numbers):
     """Answer on stdout until stdin ends."""
-    *shape, alpha = map(float, numbers)
-    shape, answers = tuple(map(int, shape)), sys.stdout
+    kappa, batch, samples, *shape = map(int, numbers[:-1])
+    shape, answers = tuple(shape), sys.stdout
     logging.disable()
-    model = theirs(shape, alpha)
+    model = theirs(shape, float(numbers[-1]), kappa)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         for line in sys.stdin:
-            print(seconds(what, int(samples), shape, model, int(line)), file=answers, flush=True)
+            print(seconds(what, batch, samples, shape, model, int(line)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

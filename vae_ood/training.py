@@ -200,7 +200,8 @@ def choose_precision(args, out, device):
         return state["config"].get("precision") if state else default_precision(args, device)
     precision = args.precision or from_first(choose)
     if precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 needs an NVIDIA GPU: give float32 or bfloat16")
+        raise UserError("--precision tf32 needs an NVIDIA GPU: give float32 or bfloat16" if args.precision else
+                        f"the run in {out} was trained in tf32: go on with it on an NVIDIA GPU, or give another --out")
     return precision
 
 

@@ -15,6 +15,8 @@ from vae_ood.reproduce.runs import IMAGES, IW_SAMPLES, STEPS
 from vae_ood.reproduce.tables import judged
 
 DRAWN = {"train bpd": lambda m: m["sets"]["train"]["bpd"]} | QUANTITIES
+PROTOCOL = {"data": "cifar10", "kappa": 32, "gamma": "learn", "schedule": "constant", "lr": 1e-4, "batch_size": 64,
+            "iters": STEPS["paper"], "seed": 0}  # of the runs that are read
 ENOUGH = 10_000  # steps, before which no order along the training is judged
 
 
@@ -25,12 +27,12 @@ def path(args):
         settings = json.loads(config.read_text())
         kept = {int(re.search(r"\d+", file.stem)[0]) for name in ("step-*.pt", "at-*") for file in config.parent.glob(
             name)}
-        if settings["data"] == "cifar10" and settings["iters"] == STEPS["paper"]:
+        if all(settings.get(key) == value for key, value in PROTOCOL.items()) and settings["alpha"] in ALPHAS:
             every += [m for step in sorted(kept) if (m := at_step(config.parent, step, settings, args))]
-    every.sort(key=lambda m: (m["alpha"], m["seed"], m["step"]))
+    every.sort(key=lambda m: (m["alpha"], m["step"]))
     curves = {}
     for m in every:
-        curves.setdefault((m["alpha"], m["seed"]), []).append(m)
+        curves.setdefault(m["alpha"], []).append(m)
     rows = [[f"{m['alpha']:g}", f"{m['step']:,}", *(f"{value(m):.{5 if name == 'gamma' else 3}f}"
              for name, value in DRAWN.items()), str(m["active_dims"]), m["precision"]] for m in every]
     pages.save(
@@ -65,9 +67,9 @@ def at_step(run, step, settings, args):
 
 
 def checks(curves):
-    """[(claim, whether it held, figures)] of {(alpha, seed): [what each kept step measured]}. One that fails at some
-    alpha fails; one that holds is not reached until all of the paper's alphas are."""
-    last = {alpha: curve[-1] for (alpha, _), curve in curves.items() if curve[-1]["step"] == STEPS["paper"]}
+    """[(claim, whether it held, figures)] of {alpha: [what each kept step measured]}. One that fails at some alpha
+    fails; one that holds is not reached until all of the alphas that it names are, or all of the paper's."""
+    last = {alpha: curve[-1] for alpha, curve in curves.items() if curve[-1]["step"] == STEPS["paper"]}
     found = []
     for name, alphas, sign, word in (("SVHN minus test (bpd)", (0.25, 0.5, 1), -1, "below"),
                                      ("CelebA minus test (bpd)", ALPHAS, 1, "above")):
@@ -83,10 +85,10 @@ def checks(curves):
                       ", ".join(f"{alpha:g}: {value:.4g}" for alpha, value in zip(sorted(last), values, strict=True))))
     for name, sign, word in (("test bpd", -1, "falls"), ("SVHN minus test (bpd)", 1, "rises")):
         values = {alpha: [QUANTITIES[name](m) for m in curve if m["step"] >= ENOUGH]
-                  for (alpha, _), curve in curves.items()}
+                  for alpha, curve in curves.items()}
         pairs = [(a, b) for curve in values.values() for a, b in pairwise(curve)]
         found.append((f"{name} {word} with the steps at each alpha, from {ENOUGH:,} on",
-                      all(sign * (b - a) > 0 for a, b in pairs) if pairs else None,
+                      judged(all(sign * (b - a) > 0 for a, b in pairs), len(last) if pairs else 0, len(ALPHAS)),
                       "; ".join(f"{alpha:g}: {', '.join(f'{v:.4g}' for v in curve)}"
                                 for alpha, curve in values.items())))
     return found
@@ -98,7 +100,7 @@ def draw(axes, curves):
               "CelebA minus test (bpd)": "CelebA minus test (bpd)", "SVHN AUROC": "SVHN AUROC",
               "CelebA AUROC": "CelebA AUROC"}
     for one, (title, name) in zip(axes.flat, panels.items(), strict=True):
-        for i, ((alpha, _), curve) in enumerate(curves.items()):
+        for i, (alpha, curve) in enumerate(curves.items()):
             steps = [m["step"] for m in curve]
             one.plot(steps, [DRAWN[name](m) for m in curve], "o-", color=f"C{i}", markersize=4,
                      label=f"$\\alpha$ = {alpha:g}")
