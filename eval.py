@@ -102,9 +102,9 @@ def find_detector(args, device):
         if detector.serves(args):
             return detector
     _, members = load_members(args, device)
-    args.scores = scores_of(args.scores, members[0][1].get("tile"), ["default"])
-    reads = {feature for name in args.scores for feature in SCORES[name].reads}
     _, config, _ = members[0]
+    args.scores = scores_of(args.scores, config.get("tile"), ["default"])
+    reads = {feature for name in args.scores for feature in SCORES[name].reads}
     limit_images(args, config["shape"], config["alpha"], config["kappa"], device,
                  *(() if reads & set(DECODED_OFTEN) else (FIT_IMAGES, 1)))
     detector = fitted(members, args)

@@ -211,7 +211,7 @@ class Beside:
         return float(line)
 
 
-def started(shape, alpha, args, device):
+def connections(shape, alpha, args, device):
     """{what: a connection to its process} of everything at one shape and alpha."""
     jobs = {"matrix product": (matrix_product,), "training": (training,), "bfloat16": (training, "bfloat16"),
             "network": (network,), "likelihood": (likelihood,)} | {variant: (plain, variant) for variant in PLAIN}
@@ -221,14 +221,14 @@ def started(shape, alpha, args, device):
         context.Process(target=serve, daemon=True, args=(
             theirs, torch.get_num_threads(), device.type, make, shape, alpha, *rest)).start()
         theirs.close()  # so that the end of the process is noticed
-    beside = ("training", "likelihood") if args.pythae else ()
-    return workers | {f"pythae {what}": Beside(args.pythae, what, shape, alpha) for what in beside}
+    return workers | {f"pythae {what}": Beside(args.pythae, what, shape, alpha)
+                      for what in (("training", "likelihood") if args.pythae else ())}
 
 
 def timings(shape, alpha, args, device):
     """{what: median seconds} of everything at one shape and alpha; compiled variants that could not run are left
     out."""
-    workers = started(shape, alpha, args, device)
+    workers = connections(shape, alpha, args, device)
     for what in list(workers):
         try:
             ask(workers[what], what, 3)  # compiles, and warms up

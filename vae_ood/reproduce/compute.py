@@ -19,6 +19,7 @@ QUANTITIES = {  # of a run of CIFAR-10's
     "gamma": lambda m: m["gamma"], "SVHN minus test (bpd)": lambda m: gap(m, "svhn"),
     "CelebA minus test (bpd)": lambda m: gap(m, "celeba"), "SVHN AUROC": lambda m: m["detection"]["svhn"]["auroc"],
     "CelebA AUROC": lambda m: m["detection"]["celeba"]["auroc"]}
+ORDERS = {"SVHN minus test (bpd)": (1, "rises"), "gamma": (-1, "falls"), "test bpd": (-1, "falls")}  # as alpha grows
 THEIRS = {  # the same of a column of the paper's table 2
     "test bpd": lambda column: column["test"] + OFFSET, "gamma": lambda column: column["gamma"],
     "SVHN minus test (bpd)": lambda column: column["svhn"] - column["test"],
@@ -85,14 +86,17 @@ def orders(reached):
         at = [r for r in reached if r[0]["iters"] == iters]
         if len(at) < 2:
             continue
-        for name, sign, word in (("SVHN minus test (bpd)", 1, "rises"), ("gamma", -1, "falls"),
-                                 ("test bpd", -1, "falls")):
-            values = [mean(name, r) for r in at]
-            held = all(sign * (b - a) > 0 for a, b in pairwise(values))
-            checks.append((f"{name} {word} from each alpha to the next at {iters:,} steps",
-                           judged(held, len(at), len(ALPHAS)),
-                           ", ".join(f"{r[0]['alpha']:g}: {value:.4g}" for r, value in zip(at, values, strict=True))))
+        checks += [order(name, {r[0]["alpha"]: mean(name, r) for r in at}, f"at {iters:,} steps") for name in ORDERS]
     return checks
+
+
+def order(name, values, when):
+    """The check that a quantity goes as ORDERS says from each alpha to the next, of {alpha: value}."""
+    sign, word = ORDERS[name]
+    held = all(sign * (b - a) > 0 for a, b in pairwise(values.values()))
+    return (f"{name} {word} from each alpha to the next {when}",
+            judged(held, len(values) if len(values) > 1 else 0, len(ALPHAS)),
+            ", ".join(f"{alpha:g}: {value:.4g}" for alpha, value in values.items()))
 
 
 def nearer(curves):
@@ -101,6 +105,14 @@ def nearer(curves):
     return ("the crossing comes nearer: SVHN minus test (bpd) rises with the steps at each alpha",
             all(low < high for values in longer.values() for low, high in pairwise(values)) if longer else None,
             "; ".join(f"{alpha:g}: {', '.join(f'{y:.4g}' for y in values)}" for alpha, values in longer.items()))
+
+
+def frame(axes, name, **settings):
+    """The frame of one of the QUANTITIES: a logarithmic x axis, and the level that matters, if it has one."""
+    level = 0.5 if "AUROC" in name else 0 if "minus" in name else None
+    if level is not None:
+        axes.axhline(level, color="gray", linestyle=":")
+    axes.set(xscale="log", **settings, **({"ylim": (0, 1)} if "AUROC" in name else {}))
 
 
 def draw_compute(axes, curves, found, whole):
@@ -115,11 +127,7 @@ def draw_compute(axes, curves, found, whole):
                      label=f"$\\alpha$ = {alpha:g}")
             for x in found.get(name, {}).get(alpha, []):
                 one.plot(x, 0, "*", color=f"C{i}", markersize=14, markeredgecolor="black")
-        level = 0.5 if "AUROC" in name else 0 if "minus" in name else None
-        if level is not None:
-            one.axhline(level, color="gray", linestyle=":")
-        one.set(xscale="log", xlabel="training FLOPs", ylabel=name, xlim=(1e12, 2 * whole[ALPHAS[-1]]),
-                **({"ylim": (0, 1)} if "AUROC" in name else {}))
+        frame(one, name, xlabel="training FLOPs", ylabel=name, xlim=(1e12, 2 * whole[ALPHAS[-1]]))
     axes.flat[0].plot([], [], "kx", label="the paper")
     axes.flat[0].legend(frameon=False)
 

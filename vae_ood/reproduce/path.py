@@ -9,7 +9,7 @@ from pathlib import Path
 from vae_ood.data import PAIRS
 from vae_ood.plots import markdown
 from vae_ood.reproduce import pages, runs
-from vae_ood.reproduce.compute import QUANTITIES, THEIRS
+from vae_ood.reproduce.compute import ORDERS, QUANTITIES, THEIRS, frame, order
 from vae_ood.reproduce.paper import ALPHAS, PAPER
 from vae_ood.reproduce.runs import IMAGES, IW_SAMPLES, STEPS
 from vae_ood.reproduce.tables import judged
@@ -56,14 +56,9 @@ def at_step(run, step, settings, args):
         runs.execute(command, args.data_root)
     metrics = json.loads((out / "metrics.json").read_text())
     commit = run / "commit"
-    return {"command": f"python {shlex.join(command)}", "step": step, "gamma": metrics["gamma"],
-            "precision": metrics["config"]["precision"], "active_dims": metrics["active_dims"],
+    return {"command": f"python {shlex.join(command)}", "step": step, "precision": metrics["config"]["precision"],
             "commit": commit.read_text().strip() if commit.exists() else None,
-            **{key: settings[key] for key in ("alpha", "kappa", "seed", "iters")},
-            "sets": {name: {key: row[key] for key in ("n", "bpd", "nll", "notes")}
-                     for name, row in metrics["sets"].items()},
-            "detection": {name: {key: row[key] for key in ("auroc", "auroc_ci95", "fpr95")}
-                          for name, row in metrics["scores"]["nll"].items()}}
+            **{key: settings[key] for key in ("alpha", "kappa", "seed", "iters")}, **runs.figures(metrics)}
 
 
 def checks(curves):
@@ -77,12 +72,8 @@ def checks(curves):
         found.append((f"{name} is {word} 0 after 200,000 steps at alpha = {', '.join(f'{a:g}' for a in alphas)}",
                       judged(all(sign * value > 0 for value in values.values()), len(values), len(alphas)),
                       ", ".join(f"{alpha:g}: {value:+.3f}" for alpha, value in values.items())))
-    for name, sign, word in (("SVHN minus test (bpd)", 1, "rises"), ("gamma", -1, "falls"), ("test bpd", -1, "falls")):
-        values = [QUANTITIES[name](m) for _, m in sorted(last.items())]
-        found.append((f"{name} {word} from each alpha to the next after 200,000 steps",
-                      judged(all(sign * (b - a) > 0 for a, b in pairwise(values)), max(0, len(values) - 1),
-                             len(ALPHAS) - 1),
-                      ", ".join(f"{alpha:g}: {value:.4g}" for alpha, value in zip(sorted(last), values, strict=True))))
+    found += [order(name, {alpha: QUANTITIES[name](m) for alpha, m in sorted(last.items())}, "after 200,000 steps")
+              for name in ORDERS]
     for name, sign, word in (("test bpd", -1, "falls"), ("SVHN minus test (bpd)", 1, "rises")):
         values = {alpha: [QUANTITIES[name](m) for m in curve if m["step"] >= ENOUGH]
                   for alpha, curve in curves.items()}
@@ -108,11 +99,7 @@ def draw(axes, curves):
                 one.plot(steps, [DRAWN["train bpd"](m) for m in curve], "--", color=f"C{i}")
             if name in THEIRS:
                 one.plot(STEPS["paper"], THEIRS[name](PAPER["table2"][alpha]), "x", color=f"C{i}", markersize=9)
-        level = 0.5 if "AUROC" in name else 0 if "minus" in name else None
-        if level is not None:
-            one.axhline(level, color="gray", linestyle=":")
-        one.set(xscale="log", xlabel="training steps", ylabel=title, **(
-            {"ylim": (0, 1)} if "AUROC" in name else {"yscale": "log"} if name == "gamma" else {}))
+        frame(one, name, xlabel="training steps", ylabel=title, yscale="log" if name == "gamma" else "linear")
     first, finals = axes.flat[0], [m for curve in curves.values() for m in curve if m["step"] == STEPS["paper"]]
     if finals:  # else the first steps leave no room for what matters
         first.set(ylim=(None, max(m["sets"]["test"]["bpd"] for m in finals) + 0.4))

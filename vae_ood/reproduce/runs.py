@@ -143,6 +143,17 @@ def read_log(run, args):
     return [json.loads(line) for line in Path(args.runs, run.folder, "log.jsonl").read_text().splitlines()]
 
 
+def figures(metrics):
+    """What the pages tell of a metrics.json: gamma, active dimensions, each set's means, and its detection by `nll`."""
+    return {
+        **{key: metrics[key] for key in ("gamma", "active_dims")},
+        "sets": {name: {key: row[key] for key in ("n", "bpd", "bpd_iw", "nll", "nll_std", "mse", "kl", "notes")}
+                 for name, row in metrics["sets"].items()},
+        "detection": {name: {key: row[key] for key in ("auroc", "auroc_ci95", "fpr95")}
+                      for name, row in metrics["scores"]["nll"].items()},
+    }
+
+
 def measured(run, args):
     """What a run measured, running it if need be."""
     if not done(run, args):
@@ -153,12 +164,7 @@ def measured(run, args):
         "command": f"python {shlex.join(run.command('runs'))}", "alpha": run.alpha, "kappa": run.kappa,
         "seed": run.seed, "iters": run.iters, "flops": training_flops(run),
         "seconds_at_median_speed": run.iters * metrics["config"]["batch_size"] / speed,
-        **{key: metrics[key] for key in ("gamma", "active_dims", "kl_per_dim", "mmd", "mmd_images")},
-        "sets": {name: {key: row[key] for key in ("n", "bpd", "bpd_iw", "nll", "nll_std", "mse", "kl", "notes")}
-                 for name, row in metrics["sets"].items()},
-        "detection": {name: {key: row[key] for key in ("auroc", "auroc_ci95", "fpr95")}
-                      for name, row in metrics["scores"]["nll"].items()},
-    }
+        **{key: metrics[key] for key in ("kl_per_dim", "mmd", "mmd_images")}, **figures(metrics)}
 
 
 def attempt(run, args):
