@@ -32,6 +32,29 @@ def test_number_of_parameters_of_the_papers_network():
     assert sum(p.numel() for p in VAE((1, 28, 28), 1, 32).parameters()) == convolutions + biases + linear + 1
 
 
+@pytest.mark.parametrize("layers", [{"kernel": 3}, {"kernel": 7}, {"slopes": (0.0, 0.0)}, {"slopes": (0.2, 0.2)},
+                                    {"std": 0.02}, {"kernel": 5, "slopes": (0.2, 0.0)}])
+def test_what_the_paper_leaves_open_can_be_varied(layers):
+    """The layers are torch's own, in float64, with what is varied."""
+    torch.manual_seed(0)
+    model = VAE((3, 17, 30), 0.1, 4, **layers).double()
+    kernel, (encoder, decoder) = layers.get("kernel", 5), layers.get("slopes", (0.2, 0.0))
+    if "std" in layers:
+        weights = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if n.endswith("weight")])
+        assert weights.std().item() == pytest.approx(0.02, rel=0.05) and not model.mu.bias.any()
+        assert model.log_gamma.exp() == 1
+    x = h = torch.rand(2, 3, 17, 30, dtype=torch.float64)
+    for conv in model.encoder:
+        h = F.leaky_relu(F.conv2d(h, conv.weight, conv.bias, 2, kernel // 2), encoder)
+    mu, _ = model.encode(x)
+    torch.testing.assert_close(mu, F.linear(h.flatten(1), model.mu.weight, model.mu.bias))
+    h = F.leaky_relu(F.linear(mu, model.expand.weight, model.expand.bias), decoder).unflatten(1, model.code_shape)
+    for i, conv in enumerate(model.decoder):
+        h = F.conv_transpose2d(F.leaky_relu(h, decoder) if i else h, conv.weight, conv.bias, 2, kernel // 2,
+                               conv.output_padding)
+    torch.testing.assert_close(model.decode(mu), h)
+
+
 def test_gamma_is_a_variance_and_trained_only_when_learned():
     assert VAE((1, 8, 8), 0.1, 2, 0.04).log_gamma.exp().item() == pytest.approx(0.04)
     assert not VAE((1, 8, 8), 0.1, 2).log_gamma.requires_grad

@@ -44,18 +44,26 @@ class SubPixel(torch.autograd.Function):
             [1, 1], True, ctx.output_padding, 1, ctx.needs_input_grad[:3]), None
 
 
+def rectified(h, slope):
+    """h, in place, times `slope` where it is below 0."""
+    return F.leaky_relu(h, slope, inplace=True) if slope else F.relu(h, inplace=True)
+
+
 class VAE(nn.Module):
-    """Encoder and decoder of three 5x5 stride-2 convolutions each; `alpha` scales every channel count but kappa.
+    """Encoder and decoder of three stride-2 convolutions each; `alpha` scales every channel count but kappa.
 
     shape: (C, H, W) of the images. gamma: the decoder variance's initial value (a variance, in squared units of
     [0, 1] pixels); it is a trained parameter when `learn_gamma`, else a constant that the training loop may set.
+    The paper leaves open `kernel`, the odd side of every convolution; `slopes`, those of the encoder's and of the
+    decoder's leaky ReLUs below 0 (0: a ReLU); and `std`, of normal initial weights with biases of 0 (None: torch's
+    own). Checkpoints are of the defaults.
     """
 
     logits = True  # `decode` gives the mean's logits, and the likelihood takes their sigmoid as it reads them
 
-    def __init__(self, shape, alpha, kappa, gamma=1.0, learn_gamma=False):
+    def __init__(self, shape, alpha, kappa, gamma=1.0, learn_gamma=False, kernel=5, slopes=(0.2, 0.0), std=None):
         super().__init__()
-        self.shape, self.kappa = tuple(shape), kappa
+        self.shape, self.kappa, self.slopes = tuple(shape), kappa, slopes
         channels, *size = shape
         sizes = [size]  # each stage halves, rounding up: 32 -> 16 -> 8 -> 4, 28 -> 14 -> 7 -> 4
         for _ in range(3):
@@ -64,22 +72,26 @@ class VAE(nn.Module):
         self.code_shape = (widths[3], *sizes[3])
         features = math.prod(self.code_shape)
 
-        self.encoder = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], 5, stride=2, padding=2) for i in range(3))
+        self.encoder = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], kernel, stride=2, padding=kernel // 2)
+                                     for i in range(3))
         self.mu = nn.Linear(features, kappa)
         self.log_sigma = nn.Linear(features, kappa)
         self.expand = nn.Linear(kappa, features)
         self.decoder = nn.ModuleList(
-            nn.ConvTranspose2d(widths[i + 1], widths[i], 5, stride=2, padding=2,
+            nn.ConvTranspose2d(widths[i + 1], widths[i], kernel, stride=2, padding=kernel // 2,
                                output_padding=[a - (2 * b - 1) for a, b in zip(sizes[i], sizes[i + 1], strict=True)])
             for i in (2, 1, 0)
         )
+        if std is not None:
+            for name, parameter in self.named_parameters():
+                nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=std)
         self.log_gamma = nn.Parameter(torch.tensor(math.log(gamma)), requires_grad=learn_gamma)
 
     def encode(self, x):
         """x [B, C, H, W], uint8 or in [0, 1] -> mu [B, kappa], log_sigma [B, kappa] of q(z|x)."""
         h = to_unit(x) if x.dtype == torch.uint8 else x
         for conv in self.encoder:
-            h = F.leaky_relu(conv(h), 0.2, inplace=True)
+            h = rectified(conv(h), self.slopes[0])
         h = h.flatten(1)
         mu, log_sigma = self.mu(h), self.log_sigma(h)
         if self.training:
@@ -92,12 +104,12 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """z [B, kappa] -> the logits of the mean of p(x|z), [B, C, H, W]."""
-        h = F.relu(self.expand(z), inplace=True).unflatten(1, self.code_shape)
+        h = rectified(self.expand(z), self.slopes[1]).unflatten(1, self.code_shape)
         h = h.contiguous(memory_format=torch.channels_last)
         *inner, last = self.decoder
         for conv in inner:
-            h = F.relu(conv(h), inplace=True)
-        if h.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            h = rectified(conv(h), self.slopes[1])
+        if h.device.type == "cpu" and last.kernel_size == (5, 5) and not torch.is_autocast_enabled("cpu"):
             return SubPixel.apply(h, last.weight, last.bias, last.output_padding)
         return last(h)
 

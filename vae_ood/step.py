@@ -192,7 +192,8 @@ class Training:
     """A model, its optimiser, and the images of which each step takes some. What `backward` gives are the worker's
     shares: their sums over the workers are those of the batch."""
 
-    def __init__(self, args, images, device):
+    def __init__(self, args, images, device, **layers):
+        """layers: of the VAE, where they are not its defaults."""
         self.args, self.device = args, device
         self.profiled = args.gamma in ("optimal", "homotopy")
         self.compiled = device.type == "cuda" if args.compile is None else args.compile
@@ -200,7 +201,7 @@ class Training:
         self.graph, self.eager = None, 0
         torch.manual_seed(args.seed)
         gamma = 1.0 if self.profiled or args.gamma == "learn" else args.gamma
-        self.model = VAE(images.shape[1:], args.alpha, args.kappa, gamma, learn_gamma=args.gamma == "learn").to(
+        self.model = VAE(images.shape[1:], args.alpha, args.kappa, gamma, args.gamma == "learn", **layers).to(
             device, memory_format=torch.channels_last)
         self.batches, self.floor = Batches(args, images, device), torch.tensor(1.0, device=device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -26,8 +26,10 @@ from vae_ood.reproduce.latents import fig4, homotopy
 from vae_ood.reproduce.path import path
 from vae_ood.reproduce.runs import STEPS
 from vae_ood.reproduce.tables import table1, table2
+from vae_ood.reproduce.unknowns import unknowns
 
-TARGETS = {function.__name__: function for function in (table1, table2, fig4, homotopy, select, compute, path)}
+TARGETS = {function.__name__: function for function in (table1, table2, fig4, homotopy, select, compute, path,
+                                                  unknowns)}
 
 
 def minutes(text):
