@@ -96,6 +96,9 @@ def test_cifar10_loose_files_of_any_length(tmp_path):
     images = load("cifar10", "train", tmp_path)
     np.testing.assert_array_equal(images.pixels.numpy(), np.concatenate([a, b]))
     assert images.notes == ["2 of 5 training files found: 6 of 50,000 images"]
+    for i in (3, 4, 5):
+        put(tmp_path / "cifar10" / f"data_batch_{i}.bin", cifar(b))
+    assert load("cifar10", "train", tmp_path).notes == ["5 of 5 training files found: 12 of 50,000 images"]
 
 
 def test_cifar10_archive_is_read_without_extracting(tmp_path):
@@ -110,7 +113,7 @@ def test_cifar10_archive_is_read_without_extracting(tmp_path):
             file.addfile(member, io.BytesIO(cifar(batch)))
     train = load("cifar10", "train", tmp_path)
     np.testing.assert_array_equal(train.pixels.numpy(), np.concatenate(batches[:5]))
-    assert train.notes == []
+    assert train.notes == ["5 of 5 training files found: 10 of 50,000 images"]
     np.testing.assert_array_equal(load("cifar10", "test", tmp_path).pixels.numpy(), batches[5])
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["cifar-10-binary.tar.gz"]
     archive.write_bytes(archive.read_bytes()[:-3000])

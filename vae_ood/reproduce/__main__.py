@@ -22,14 +22,16 @@ from vae_ood import UserError
 from vae_ood.cli import Parser, make_folder, one_line_errors, positive_int
 from vae_ood.reproduce import claims
 from vae_ood.reproduce.compute import compute, select
+from vae_ood.reproduce.early import early
 from vae_ood.reproduce.latents import fig4, homotopy
 from vae_ood.reproduce.path import path
 from vae_ood.reproduce.runs import STEPS
+from vae_ood.reproduce.seen import seen
 from vae_ood.reproduce.tables import table1, table2
 from vae_ood.reproduce.unknowns import unknowns
 
-TARGETS = {function.__name__: function for function in (table1, table2, fig4, homotopy, select, compute, path,
-                                                  unknowns)}
+TARGETS = {function.__name__: function for function in (
+    table1, table2, fig4, homotopy, select, compute, path, early, seen, unknowns)}
 
 
 def minutes(text):

@@ -112,7 +112,7 @@ def frame(axes, name, **settings):
     level = 0.5 if "AUROC" in name else 0 if "minus" in name else None
     if level is not None:
         axes.axhline(level, color="gray", linestyle=":")
-    axes.set(xscale="log", **settings, **({"ylim": (0, 1)} if "AUROC" in name else {}))
+    axes.set(**({"xscale": "log"} | settings), **({"ylim": (0, 1)} if "AUROC" in name else {}))
 
 
 def draw_compute(axes, curves, found, whole):

@@ -45,15 +45,15 @@ def path(args):
         pages.figure("path", args, 2, 3, lambda axes: draw(axes, curves))
 
 
-def at_step(run, step, settings, args):
+def at_step(run, step, settings, args, outliers=PAIRS["cifar10"], data_root=None):
     """What the weights measure that a run kept at a step, evaluating them if need be; None where that is left out."""
     out = run / f"at-{step}"
-    command = ["eval.py", "--ckpt", str(run / f"step-{step}.pt"), "--outliers", *PAIRS["cifar10"], "--iw-samples",
+    command = ["eval.py", "--ckpt", str(run / f"step-{step}.pt"), "--outliers", *outliers, "--iw-samples",
                str(IW_SAMPLES), "--max-images", str(IMAGES), "--scores", "nll", "--out", str(out)]
     if not (out / "metrics.json").exists():
         if args.budget == 0:
             return None
-        runs.execute(command, args.data_root)
+        runs.execute(command, data_root or args.data_root)
     metrics = json.loads((out / "metrics.json").read_text())
     commit = run / "commit"
     return {"command": f"python {shlex.join(command)}", "step": step, "precision": metrics["config"]["precision"],
