@@ -1,7 +1,7 @@
 """Train a VAE, then evaluate it as an outlier detector.
 
     python run.py                                                      the embedded sprites, about a minute
-    python run.py --data fashionmnist --recipe fast --data-root DIR    real images, some twenty minutes on two cores
+    python run.py --data fashionmnist --recipe fast --data-root DIR    real images, 8 to 20 minutes on two cores
     python run.py --data cifar10 --alpha 4 --kappa 32                  the paper's protocol, for a GPU
     python run.py --data my_photos/ --recipe fast --out runs/mine      your own images (a folder, .npy or .npz)
 

@@ -37,9 +37,10 @@ def seen(args):
            if (m := at_step(run, step, settings, args, data_root=str(root)))]
     shutil.rmtree(root, ignore_errors=True)
     found = {"10,000 images, along the steps": few}
-    for name in ("compute", "path", "early"):
+    for name in ("compute", "table2", "path", "early"):
         file = Path(args.out, f"{name}.json")
-        found[name] = json.loads(file.read_text())["runs"] if file.exists() else []
+        numbers = json.loads(file.read_text()) if file.exists() else {"runs": []}
+        found[name] = numbers.get("runs", [m for column in numbers.get("columns", ()) for m in column["runs"]])
     found = {name: [m for m in every if m["sets"]["train"]["bpd"] < SETTLED] for name, every in found.items()}
     every = sorted((m for of in found.values() for m in of), key=lambda m: m["sets"]["train"]["bpd"])
     columns = {alpha: {one: column[one] + OFFSET for one in ("train", "test", "svhn")}
@@ -51,11 +52,11 @@ def seen(args):
         for alpha, column in columns.items()]
     pages.save(
         "seen", "The paper's test images and ours that were trained on: CIFAR-10, kappa = 32",
-        {"few": few, "ours_at_the_papers_training_bpd": ours},
+        {"few": few, "ours_at_the_papers_training_bpd": ours, "compared": len(every)},
         ["A row is a column of the paper's Table 2, and what our runs measure where their training images take as many "
-         "bits: between the two runs nearest to it. Runs: those of `compute`, `path` and `early`, and alpha = 1 "
-         f"trained on the first {FEW:,} images alone, which it learns by heart. bpd: of 8-bit data, from the negative "
-         "ELBO.", "",
+         "bits: between the two runs nearest to it. Runs: those of `compute`, `table2`, `path` and `early`, and one at "
+         f"alpha = 1 of the first {FEW:,} images alone, which it learns by heart. bpd: of 8-bit data, from the "
+         "negative ELBO.", "",
          *markdown(["alpha", "the paper's train", "test", "SVHN", "our test", "our SVHN"], rows)],
         checks(columns, ours, every), every, args)
     if every:
@@ -96,7 +97,7 @@ def draw(axes, found, columns):
     cross a column of the paper's."""
     left, right = axes
     for one, color in (("svhn", "C0"), ("test", "C1")):
-        for (name, every), marker in zip(found.items(), "Dos^", strict=True):
+        for (name, every), marker in zip(found.items(), "Dosv^", strict=True):
             x = [m["sets"]["train"]["bpd"] for m in every]
             left.plot(x, [m["sets"][one]["bpd"] for m in every], marker, color=color, markersize=4, alpha=0.7)
             if one == "svhn":
