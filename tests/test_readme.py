@@ -161,6 +161,8 @@ def test_kept_bits_per_dimension_are_those_of_the_kept_nlls():
         for row in metrics["sets"].values():
             assert row["bpd"] == of(row["nll"], d, gamma) and row["bpd_iw"] == of(row["nll_iw"], d, gamma), path
         run = path.parents[1] if path.parent.name.startswith("at-") else path.parent  # one of the steps that it kept
+        if run.name.startswith("unknowns_"):
+            continue  # trained by that target itself, without a log
         for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
             assert line["bpd"] == of(line["loss"], d, line["gamma"]), path
     d = {"sprites": 1024, "fashionmnist": 784, "cifar10": 3072}

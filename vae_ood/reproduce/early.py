@@ -74,6 +74,8 @@ def draw(axes, curves, chosen):
             if name:
                 one.plot(steps, [DRAWN["train bpd"](m) for m in curve], "--", color=f"C{i}")
         frame(one, title, xlabel="training steps", ylabel=title)
+        one.set_xticks(KEPT, [f"{step:,}" if step in (2_500, 5_000, 10_000, 20_000, 40_000) else "" for step in KEPT])
+        one.minorticks_off()
     axes[0].plot([], [], "k--", label="train")
     axes[0].plot([], [], "k*", markersize=10, label="best validation bpd")
     axes[0].legend(frameon=False)

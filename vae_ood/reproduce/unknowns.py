@@ -37,6 +37,8 @@ def unknowns(args):
          *markdown(["varied", *QUANTITIES], [
              [name, *(f"{value(m):.{5 if key == 'gamma' else 3}f}" for key, value in QUANTITIES.items())]
              for name, m in every.items()])], checks(every), list(every.values()), args)
+    if every:
+        pages.figure("unknowns", args, 1, 2, lambda axes: draw(axes[0], every))
 
 
 def checks(every):
@@ -45,6 +47,14 @@ def checks(every):
     held = all(gap < 0 for gap in gaps.values())
     return [("SVHN minus test (bpd) is below 0 whichever is varied", None if held and len(gaps) < len(VARIED) else held,
              ", ".join(f"{name}: {gap:+.3f}" for name, gap in gaps.items()))]
+
+
+def draw(axes, every):
+    """SVHN minus test, and the test bpd, a dot for each variant."""
+    for one, name in zip(axes, ("SVHN minus test (bpd)", "test bpd"), strict=True):
+        one.plot([QUANTITIES[name](m) for m in every.values()], list(every), "o")
+        one.set(xlabel=name)
+    axes[0].axvline(0, color="gray", linestyle=":")
 
 
 def of_variant(name, args):
