@@ -171,7 +171,8 @@ def test_with_nothing_run_nothing_is_judged(commands, target, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["fig2"], "invalid choice: 'fig2'"), (["claims"], "claims takes no flags"),
-    (["table1", "--budget", "-1"], "must be 0 or more")])
+    (["table1", "--budget", "-1"], "must be 0 or more"), (["early", "--budget", "5"], "early does not take --budget"),
+    (["path", "--iters", "10"], "path does not take --iters"), (["unknowns", "--seeds", "2"], "does not take --seeds")])
 def test_what_cannot_be_asked_for_is_told_in_one_line(commands, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         commands[0](*arguments)

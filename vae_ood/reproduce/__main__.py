@@ -5,9 +5,9 @@
     python -m vae_ood.reproduce path --runs results/paper             the paper's protocol along its steps
     python -m vae_ood.reproduce claims                                results/README.md, from the JSON files beside it
 
-Every number comes from run.py, run as a command that the JSON file names; a run that is there already, under --runs, is
-used, and one that was interrupted goes on. --budget leaves out the runs that it does not reach; the same command again
-spends as much on what is left.
+Every number but those of `unknowns` comes from run.py, run as a command that the JSON file names; a run that is there
+already, under --runs, is used, and one that was interrupted goes on. --budget leaves out the runs that it does not
+reach; the same command again spends as much on what is left.
 
 Written to --out: NAME.md, NAME.json and NAME.png. bpd is that of 8-bit data, 3.9944 more than in the paper's
 convention. Claims are judged by the code: held, not held, or not reached where the training that they need was not run.
@@ -33,6 +33,8 @@ from vae_ood.reproduce.unknowns import unknowns
 TARGETS = {function.__name__: function for function in (
     table1, table2, fig4, homotopy, select, compute, path, early, seen, unknowns)}
 
+ALONE = "path", "early", "seen", "unknowns"  # which train what they say, or nothing
+
 
 def minutes(text):
     """argparse type: a finite number of minutes, 0 or more."""
@@ -40,6 +42,15 @@ def minutes(text):
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
     return value
+
+
+def refuse(args, parser):
+    """UserError where a flag is given that the target does not take."""
+    given = {"--seeds": args.seeds != 1, "--recipe": args.recipe != "fast", "--budget": args.budget,
+             "--iters": args.iters and args.target != "unknowns"}
+    if args.target in ALONE and (flags := [flag for flag, value in given.items() if value]):
+        parser.error(f"{args.target} does not take {flags[0]}: of these flags --budget 0 alone, which trains nothing"
+                     + (", and --iters" if args.target == "unknowns" else ""))
 
 
 def main():
@@ -61,6 +72,7 @@ def main():
             parser.error("claims takes no flags: it writes results/README.md from the JSON files beside it")
         claims.write()
         return
+    refuse(args, parser)
     args.failed = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run in progress saves its state
     for folder in (args.out, args.runs):

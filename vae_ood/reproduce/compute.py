@@ -90,12 +90,13 @@ def orders(reached):
     return checks
 
 
-def order(name, values, when):
-    """The check that a quantity goes as ORDERS says from each alpha to the next, of {alpha: value}."""
+def order(name, values, when, alphas=ALPHAS):
+    """The check that a quantity goes as ORDERS says from each alpha to the next, of {alpha: value}; it holds where all
+    of the `alphas` are there."""
     sign, word = ORDERS[name]
     held = all(sign * (b - a) > 0 for a, b in pairwise(values.values()))
     return (f"{name} {word} from each alpha to the next {when}",
-            judged(held, len(values) if len(values) > 1 else 0, len(ALPHAS)),
+            judged(held, len(values) if len(values) > 1 else 0, len(alphas)),
             ", ".join(f"{alpha:g}: {value:.4g}" for alpha, value in values.items()))
 
 

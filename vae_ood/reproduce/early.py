@@ -1,10 +1,12 @@
 """CIFAR-10 stopped early: trained on 45,000 images, and evaluated at the step of the best bpd of the 5,000 others."""
 
-import shutil
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from vae_ood import UserError
 from vae_ood.data import PAIRS, default_root
 from vae_ood.data.official import cifar10_records
 from vae_ood.plots import markdown
@@ -12,7 +14,7 @@ from vae_ood.reproduce import pages, runs
 from vae_ood.reproduce.compute import ORDERS, QUANTITIES, frame, order
 from vae_ood.reproduce.path import DRAWN, at_step
 from vae_ood.reproduce.runs import SHAPES
-from vae_ood.reproduce.tables import capacity
+from vae_ood.reproduce.tables import judged
 
 ITERS = {0.25: 40_000, 0.5: 40_000, 1: 40_000, 2: 10_000}  # by alpha
 KEPT = 2_500, 5_000, 7_500, 10_000, 12_500, 15_000, 20_000, 25_000, 30_000, 40_000  # steps that may be chosen
@@ -21,23 +23,21 @@ VALIDATION = 5_000  # of the training images, the last ones
 
 def early(args):
     """Does P2's order appear where each alpha's training is stopped when validation says so?"""
-    root, curves = Path(args.runs, "early_data"), {}
-    outliers = [*PAIRS["cifar10"], str(root / "validation.npy")]
-    shutil.rmtree(root, ignore_errors=True)  # of a command that was interrupted
-    for alpha, iters in ITERS.items():
-        run = Path(args.runs, f"early_cifar10_a{alpha:g}_k32_s0")
-        settings = {"alpha": alpha, "kappa": 32, "seed": 0, "iters": iters}
-        kept = [step for step in KEPT if step <= iters]
-        if args.budget != 0 and not all((run / f"at-{step}" / "metrics.json").exists() for step in kept):
-            if not root.exists():
-                cut(args.data_root, root, -VALIDATION)
-            runs.execute(command(settings, kept, run), str(root))
-        if curve := [m for step in kept if (run / f"at-{step}").exists() or (run / f"step-{step}.pt").exists()
-                     if (m := at_step(run, step, settings, args, outliers, str(root)))]:
-            curves[alpha] = [m | {"sets": {Path(name).stem: row for name, row in m["sets"].items()}} for m in curve]
-    shutil.rmtree(root, ignore_errors=True)
-    chosen = {alpha: min(curve, key=validation_bpd) for alpha, curve in curves.items()}
-    rows = [[f"{alpha:g}", f"{m['step']:,} of {curves[alpha][-1]['step']:,}", f"{validation_bpd(m):.3f}",
+    kept = {alpha: [step for step in KEPT if step <= iters] for alpha, iters in ITERS.items()}
+    places = {alpha: Path(args.runs, f"early_cifar10_a{alpha:g}_k32_s0") for alpha in ITERS}
+    left = [alpha for alpha, run in places.items() if args.budget != 0 and not fully(run, kept[alpha])]
+    curves = {}
+    with cut(args, -VALIDATION, left) as root:
+        for alpha, run in places.items():
+            settings = {"alpha": alpha, "kappa": 32, "seed": 0, "iters": ITERS[alpha]}
+            if alpha in left:
+                runs.execute(command(settings, kept[alpha], run), root)
+            outliers = [*PAIRS["cifar10"], str(Path(root, "validation.npy"))] if root else ()
+            if curve := measured_at("early", run, kept[alpha], settings, args, root, outliers):
+                curves[alpha] = curve
+    chosen = {alpha: min(curve, key=validation_bpd) for alpha, curve in curves.items()
+              if len(curve) == len(kept[alpha])}
+    rows = [[f"{alpha:g}", f"{m['step']:,} of {ITERS[alpha]:,}", f"{validation_bpd(m):.3f}",
              *(f"{value(m):.{5 if name == 'gamma' else 3}f}" for name, value in DRAWN.items()), m["precision"]]
             for alpha, m in chosen.items()]
     every = [m for curve in curves.values() for m in curve]
@@ -55,10 +55,16 @@ def early(args):
 
 def checks(chosen):
     """[(claim, whether it held, figures)] of {alpha: what its chosen step measured}."""
-    return [order(name, {alpha: QUANTITIES[name](m) for alpha, m in chosen.items()}, "where validation is best")
-            for name in ORDERS] + [
-        (f"{claim}, where validation is best", held, figures)
-        for claim, held, figures in capacity({alpha: [m] for alpha, m in chosen.items()})]
+    def signed(name, alphas, sign, word):
+        values = {alpha: QUANTITIES[name](chosen[alpha]) for alpha in alphas if alpha in chosen}
+        return (f"{name} is {word} 0 where validation is best, at alpha = {', '.join(f'{a:g}' for a in alphas)}",
+                judged(all(sign * value > 0 for value in values.values()), len(values), len(alphas)),
+                ", ".join(f"{alpha:g}: {value:+.3f}" for alpha, value in values.items()))
+    return [*(order(name, {alpha: QUANTITIES[name](m) for alpha, m in chosen.items()}, "where validation is best",
+                    ITERS) for name in ORDERS),
+            signed("SVHN minus test (bpd)", (0.25, 0.5, 1), -1, "below"),
+            signed("SVHN minus test (bpd)", (2,), 1, "above"),
+            signed("CelebA minus test (bpd)", tuple(ITERS), 1, "above")]
 
 
 def draw(axes, curves, chosen):
@@ -69,8 +75,9 @@ def draw(axes, curves, chosen):
         for i, (alpha, curve) in enumerate(curves.items()):
             value, steps = QUANTITIES[name or title], [m["step"] for m in curve]
             one.plot(steps, list(map(value, curve)), "o-", color=f"C{i}", markersize=4, label=f"$\\alpha$ = {alpha:g}")
-            one.plot(chosen[alpha]["step"], value(chosen[alpha]), "*", color=f"C{i}", markersize=14,
-                     markeredgecolor="black")
+            if alpha in chosen:
+                one.plot(chosen[alpha]["step"], value(chosen[alpha]), "*", color=f"C{i}", markersize=14,
+                         markeredgecolor="black")
             if name:
                 one.plot(steps, [DRAWN["train bpd"](m) for m in curve], "--", color=f"C{i}")
         frame(one, title, xlabel="training steps", ylabel=title)
@@ -81,18 +88,46 @@ def draw(axes, curves, chosen):
     axes[0].legend(frameon=False)
 
 
-def cut(data_root, root, end):
-    """Make a data root with CIFAR-10's training images up to `end` alone, the others being its validation.npy."""
-    whole = Path(data_root or default_root()).absolute()
-    (root / "cifar10").mkdir(parents=True)
-    for name in PAIRS["cifar10"]:
-        (root / name).symlink_to(whole / name)
+@contextmanager
+def cut(args, end, wanted):
+    """A data root for the time being, where it is `wanted`, else None: with CIFAR-10's training images up to `end`
+    alone, the others being its validation.npy. Raises UserError unless all 50,000 are there."""
+    if not wanted:
+        yield None
+        return
+    whole = Path(args.data_root or default_root()).absolute()
     train, test = (cifar10_records(whole / "cifar10", part)[0] for part in ("train", "test"))
-    np.save(root / "validation.npy", train[end:, 1:].reshape(-1, *SHAPES["cifar10"]))
-    files = {f"data_batch_{i + 1}": train[:end][10_000 * i:][:10_000] for i in range(5)} | {"test_batch": test}
-    for name, records in files.items():
-        if len(records):
-            (root / "cifar10" / f"{name}.bin").write_bytes(records.tobytes())
+    if len(train) != 50_000:
+        raise UserError(f"{whole / 'cifar10'} holds {len(train):,} of the 50,000 training images: add the others")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "cifar10").mkdir()
+        for name in PAIRS["cifar10"]:
+            (root / name).symlink_to(whole / name)
+        np.save(root / "validation.npy", train[end:, 1:].reshape(-1, *SHAPES["cifar10"]))
+        files = {f"data_batch_{i + 1}": train[:end][10_000 * i:][:10_000] for i in range(5)} | {"test_batch": test}
+        for name, records in files.items():
+            if len(records):
+                (root / "cifar10" / f"{name}.bin").write_bytes(records.tobytes())
+        yield folder
+
+
+def fully(run, kept):
+    """Whether each step that a run was to keep has been evaluated."""
+    return all((run / f"at-{step}" / "metrics.json").exists() for step in kept)
+
+
+def measured_at(target, run, kept, settings, args, root, outliers=PAIRS["cifar10"]):
+    """What a target's run measured at the steps that it kept, evaluating them where need be and a data root is given.
+    What is named by the path of its file is named by the file."""
+    found = []
+    for step in kept:
+        if (run / f"at-{step}" / "metrics.json").exists() or (root and (run / f"step-{step}.pt").exists()):
+            m = at_step(run, step, settings, args, outliers, root)
+            for key in ("sets", "detection"):
+                m[key] = {Path(name).stem: row for name, row in m[key].items()}
+            found.append(m | {"command": f"python -m vae_ood.reproduce {target}"})  # that of eval.py has a passing path
+    return found
 
 
 def command(settings, kept, run):

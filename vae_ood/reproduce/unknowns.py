@@ -5,10 +5,8 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-import torch
-
 from vae_ood import evaluation
-from vae_ood.cli import Progress, make_folder
+from vae_ood.cli import Progress, make_folder, pick_device
 from vae_ood.data import PAIRS, load
 from vae_ood.plots import markdown
 from vae_ood.reproduce import pages, runs
@@ -81,7 +79,7 @@ def train(name, iters, out, args):
     make_folder(out)
     sets = {part: load("cifar10", part, args.data_root) for part in ("train", "test")}
     sets |= {outlier: load(outlier, "test", args.data_root, (3, 32, 32)).first(IMAGES) for outlier in PAIRS["cifar10"]}
-    run, bar = Training(settings, sets["train"].pixels, torch.device("cpu"), **layers), Progress(iters, label=name)
+    run, bar = Training(settings, sets["train"].pixels, pick_device("auto"), **layers), Progress(iters, label=name)
     for step in range(iters):
         run.step(step)
         bar.update(step + 1)
