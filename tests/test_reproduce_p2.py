@@ -182,10 +182,14 @@ def test_runs_are_compared_with_those_of_as_many_images():
     assert seen.at(every, 6.1) == pytest.approx(12.2)
     assert seen.at(every, 5.9) is seen.at(every, 6.6) is None
     columns = {1: {"svhn": 6.4, "test": 6.5}, 2: {"svhn": 6.6, "test": 6.2}}
-    whole, few = {50_000: 6.41, 10_000: 7.0}, {50_000: None, 10_000: 6.61}
-    assert [held for _, held, _ in seen.checks(columns, {1: whole, 2: few}, {1: 6.51, 2: 6.21})] == [True, True]
-    assert [held for _, held, _ in seen.checks(columns, {1: whole, 2: dict.fromkeys(few)}, {1: 6.51, 2: 6.3})] == [
-        None, False]
+    whole, few = {50_000: 6.41, 10_000: 7.0}, {50_000: None, 10_000: 6.61}  # too few to judge by
+
+    def held(svhn, lowest):
+        return [held for _, held, _ in seen.checks(columns, svhn, lowest)]
+    assert held({1: whole, 2: {50_000: 6.59}}, {1: 6.51, 2: 6.21}) == [True, True]
+    assert held({1: whole, 2: few}, {1: 6.51, 2: 6.3}) == [None, False]
+    assert held({1: few, 2: few}, {1: None, 2: None}) == [None, None]
+    assert held({1: whole, 2: {50_000: 6.64}}, {1: 6.51, 2: None}) == [False, None]
 
 
 def test_one_factor_at_a_time_is_varied(commands, monkeypatch):  # noqa: F811
