@@ -30,8 +30,9 @@ def lost(error):
 
 @contextmanager
 def workers(device, timeout):
-    """The group of all workers, NCCL for CUDA tensors and Gloo for the rest. A worker that is lost, or that does not
-    answer for `timeout` seconds, ends this one, for torchrun to start all of them again."""
+    """The group of all workers, NCCL for CUDA tensors and Gloo for the rest; of several, the end of it is that of the
+    process. A worker that is lost, or that does not answer for `timeout` seconds, ends this one, for torchrun to start
+    all of them again."""
     if WORLD == 1:
         yield
         return
@@ -40,14 +41,20 @@ def workers(device, timeout):
                                 rank=RANK, world_size=WORLD, timeout=timedelta(seconds=timeout))
         yield
         dist.destroy_process_group()
+        leave(0)  # a thread of Gloo that lets go of a tensor while the interpreter takes itself down would abort it
     except RuntimeError as error:
         if not lost(error):
             raise
         print(f"worker {RANK}: another worker is gone or hangs ({str(error).splitlines()[0][:200]}); torchrun starts "
               "all again if --max-restarts allows it, and they go on from the last checkpoint", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # at once: a kernel of NCCL that waits for the lost worker would hold the interpreter's own end
+        leave(1)  # a kernel of NCCL that waits for the lost worker would hold the interpreter's own end
+
+
+def leave(code):
+    """End this worker at once, with an exit code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _store(timeout):
