@@ -103,17 +103,17 @@ def p2_seen(numbers):
     """The same of SVHN's bpd where our training images take as many bits as the paper's, at each alpha reached."""
     ours = {alpha: next((value for value in of.values() if value is not None), None)
             for alpha, of in numbers["svhn_at_the_papers_training_bpd"].items()}
-    return beside({alpha: value for alpha, value in ours.items() if value is not None}, "svhn", numbers)
+    return beside(ours, "svhn", numbers)
 
 
 def p2_lowest(numbers):
     """The same of our lowest test bpd at each alpha."""
-    return beside({alpha: value for alpha, value in numbers["lowest_test_bpd"].items() if value is not None}, "test",
-                  numbers)
+    return beside(numbers["lowest_test_bpd"], "test", numbers)
 
 
 def beside(ours, one, numbers):
-    """(ours, the paper's, what is behind ours) of bpd {alpha: bpd} of a set."""
+    """(ours, the paper's, what is behind ours) of the bpd of a set {alpha: bpd, None where it was not reached}."""
+    ours = {alpha: value for alpha, value in ours.items() if value is not None}
     paper = ", ".join(f"{PAPER['table2'][float(alpha)][one] + OFFSET:.3f}" for alpha in ours)
     return (f"{', '.join(f'{value:.3f}' for value in ours.values())} (alpha = {', '.join(ours)})", paper,
             f"{numbers['compared']} measurements")

@@ -100,6 +100,20 @@ def order(name, values, when, alphas=ALPHAS):
             ", ".join(f"{alpha:g}: {value:.4g}" for alpha, value in values.items()))
 
 
+def signed(name, of, alphas, sign, when):
+    """The check that a quantity is above 0 (sign 1), or below (-1), at each of the `alphas`, as far as they are in
+    {alpha: what its run measured}."""
+    values = {alpha: QUANTITIES[name](of[alpha]) for alpha in alphas if alpha in of}
+    return (f"{name} is {'above' if sign > 0 else 'below'} 0 {when} alpha = {', '.join(f'{a:g}' for a in alphas)}",
+            judged(all(sign * value > 0 for value in values.values()), len(values), len(alphas)),
+            ", ".join(f"{alpha:g}: {value:+.3f}" for alpha, value in values.items()))
+
+
+def shown(m, quantities=QUANTITIES):
+    """The cells of a table that tell what one run measured."""
+    return [f"{value(m):.{5 if name == 'gamma' else 3}f}" for name, value in quantities.items()]
+
+
 def nearer(curves):
     """The check that SVHN minus test rises with the steps, from its curve [(flops, value)] by alpha."""
     longer = {alpha: [y for _, y in curve] for alpha, curve in curves.items() if len(curve) > 1}

@@ -11,10 +11,9 @@ from vae_ood.data import PAIRS, default_root
 from vae_ood.data.official import cifar10_records
 from vae_ood.plots import markdown
 from vae_ood.reproduce import pages, runs
-from vae_ood.reproduce.compute import ORDERS, QUANTITIES, frame, order
+from vae_ood.reproduce.compute import ORDERS, QUANTITIES, frame, order, shown, signed
 from vae_ood.reproduce.path import DRAWN, at_step
 from vae_ood.reproduce.runs import SHAPES
-from vae_ood.reproduce.tables import judged
 
 ITERS = {0.25: 40_000, 0.5: 40_000, 1: 40_000, 2: 10_000}  # by alpha
 KEPT = 2_500, 5_000, 7_500, 10_000, 12_500, 15_000, 20_000, 25_000, 30_000, 40_000  # steps that may be chosen
@@ -38,8 +37,7 @@ def early(args):
     chosen = {alpha: min(curve, key=validation_bpd) for alpha, curve in curves.items()
               if len(curve) == len(kept[alpha])}
     rows = [[f"{alpha:g}", f"{m['step']:,} of {ITERS[alpha]:,}", f"{validation_bpd(m):.3f}",
-             *(f"{value(m):.{5 if name == 'gamma' else 3}f}" for name, value in DRAWN.items()), m["precision"]]
-            for alpha, m in chosen.items()]
+             *shown(m, DRAWN), m["precision"]] for alpha, m in chosen.items()]
     every = [m for curve in curves.values() for m in curve]
     pages.save(
         "early", "Stopped early: CIFAR-10, kappa = 32, each alpha at its step of the best validation bpd",
@@ -55,16 +53,12 @@ def early(args):
 
 def checks(chosen):
     """[(claim, whether it held, figures)] of {alpha: what its chosen step measured}."""
-    def signed(name, alphas, sign, word):
-        values = {alpha: QUANTITIES[name](chosen[alpha]) for alpha in alphas if alpha in chosen}
-        return (f"{name} is {word} 0 where validation is best, at alpha = {', '.join(f'{a:g}' for a in alphas)}",
-                judged(all(sign * value > 0 for value in values.values()), len(values), len(alphas)),
-                ", ".join(f"{alpha:g}: {value:+.3f}" for alpha, value in values.items()))
+    when = "where validation is best, at"
     return [*(order(name, {alpha: QUANTITIES[name](m) for alpha, m in chosen.items()}, "where validation is best",
                     ITERS) for name in ORDERS),
-            signed("SVHN minus test (bpd)", (0.25, 0.5, 1), -1, "below"),
-            signed("SVHN minus test (bpd)", (2,), 1, "above"),
-            signed("CelebA minus test (bpd)", tuple(ITERS), 1, "above")]
+            signed("SVHN minus test (bpd)", chosen, (0.25, 0.5, 1), -1, when),
+            signed("SVHN minus test (bpd)", chosen, (2,), 1, when),
+            signed("CelebA minus test (bpd)", chosen, tuple(ITERS), 1, when)]
 
 
 def draw(axes, curves, chosen):

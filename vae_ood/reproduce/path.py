@@ -9,7 +9,7 @@ from pathlib import Path
 from vae_ood.data import PAIRS
 from vae_ood.plots import markdown
 from vae_ood.reproduce import pages, runs
-from vae_ood.reproduce.compute import ORDERS, QUANTITIES, THEIRS, frame, order
+from vae_ood.reproduce.compute import ORDERS, QUANTITIES, THEIRS, frame, order, shown, signed
 from vae_ood.reproduce.paper import ALPHAS, PAPER
 from vae_ood.reproduce.runs import IMAGES, IW_SAMPLES, STEPS
 from vae_ood.reproduce.tables import gap, judged
@@ -33,8 +33,8 @@ def path(args):
     curves = {}
     for m in every:
         curves.setdefault(m["alpha"], []).append(m)
-    rows = [[f"{m['alpha']:g}", f"{m['step']:,}", *(f"{value(m):.{5 if name == 'gamma' else 3}f}"
-             for name, value in DRAWN.items()), str(m["active_dims"]), m["precision"]] for m in every]
+    rows = [[f"{m['alpha']:g}", f"{m['step']:,}", *shown(m, DRAWN), str(m["active_dims"]), m["precision"]]
+            for m in every]
     pages.save(
         "path", "BPD, gamma and AUROC along the paper's training: CIFAR-10, kappa = 32", {"runs": every},
         ["gamma learned, Adam at 1e-4, batches of 64, up to 200,000 steps on all 50,000 training images, one seed; the "
@@ -65,13 +65,8 @@ def checks(curves):
     """[(claim, whether it held, figures)] of {alpha: [what each kept step measured]}. One that fails at some alpha
     fails; one that holds is not reached until all of the alphas that it names are, or all of the paper's."""
     last = {alpha: curve[-1] for alpha, curve in curves.items() if curve[-1]["step"] == STEPS["paper"]}
-    found = []
-    for name, alphas, sign, word in (("SVHN minus test (bpd)", (0.25, 0.5, 1), -1, "below"),
-                                     ("CelebA minus test (bpd)", ALPHAS, 1, "above")):
-        values = {alpha: QUANTITIES[name](last[alpha]) for alpha in alphas if alpha in last}
-        found.append((f"{name} is {word} 0 after 200,000 steps at alpha = {', '.join(f'{a:g}' for a in alphas)}",
-                      judged(all(sign * value > 0 for value in values.values()), len(values), len(alphas)),
-                      ", ".join(f"{alpha:g}: {value:+.3f}" for alpha, value in values.items())))
+    found = [signed(name, last, alphas, sign, "after 200,000 steps at") for name, alphas, sign in (
+        ("SVHN minus test (bpd)", (0.25, 0.5, 1), -1), ("CelebA minus test (bpd)", ALPHAS, 1))]
     found += [order(name, {alpha: QUANTITIES[name](m) for alpha, m in sorted(last.items())}, "after 200,000 steps")
               for name in ORDERS]
     for name, sign, word in (("test bpd", -1, "falls"), ("SVHN minus test (bpd)", 1, "rises")):

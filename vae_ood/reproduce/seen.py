@@ -32,14 +32,14 @@ def seen(args):
             runs.execute(["run.py", "--data", "cifar10", "--recipe", "fast", "--precision", "bfloat16", "--iters",
                           str(ITERS), "--keep-at", *map(str, KEPT), "--no-eval", "--resume", "--out", str(run)], root)
         few = measured_at("seen", run, KEPT, {"alpha": 1, "kappa": 32, "seed": 0, "iters": ITERS}, args, root)
-    found = {"this": few}
+    found = list(few)
     for name in READ:
         file = Path(args.out, f"{name}.json")
         if not file.exists():
             print(f"without {file}: python -m vae_ood.reproduce {name} writes it")
         numbers = json.loads(file.read_text()) if file.exists() else {"runs": []}
-        found[name] = numbers.get("runs", [m for column in numbers.get("columns", ()) for m in column["runs"]])
-    every = sorted((m for of in found.values() for m in of if m["sets"]["train"]["bpd"] < SETTLED),
+        found += numbers.get("runs", [m for column in numbers.get("columns", ()) for m in column["runs"]])
+    every = sorted((m for m in found if m["sets"]["train"]["bpd"] < SETTLED),
                    key=lambda m: m["sets"]["train"]["bpd"])
     sizes = {}
     for m in every:
