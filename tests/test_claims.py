@@ -81,8 +81,9 @@ def test_alphas_that_were_not_run_are_not_reached(tmp_path):
 
 @pytest.mark.parametrize(("target", "kept_in", "arguments"), [
     ("compute", "runs", ["--seeds", "3"]), ("select", "runs", []), ("table2", "fast", ["--seeds", "3"]),
+    ("fig4", "paper", ["--recipe", "paper"]),
     *((target, "paper", []) for target in ("path", "early", "seen", "unknowns"))])
-def test_the_pages_of_cifar10_follow_from_the_kept_runs(tmp_path, monkeypatch, target, kept_in, arguments):
+def test_the_pages_follow_from_the_kept_runs(tmp_path, monkeypatch, target, kept_in, arguments):
     for file in (RESULTS / "reproduce").glob("*.json"):  # of which `seen` reads some
         shutil.copy(file, tmp_path)
     (tmp_path / f"{target}.json").unlink()
@@ -103,7 +104,7 @@ def without_commands(value):
     return [without_commands(one) for one in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("target", ["table1", "fig4", "homotopy"])
+@pytest.mark.parametrize("target", ["table1", "homotopy"])
 def test_the_other_verdicts_follow_from_the_kept_figures(tmp_path, monkeypatch, target):
     kept = json.loads((RESULTS / "reproduce" / f"{target}.json").read_text())
 

@@ -269,10 +269,15 @@ def test_fig4_asks_for_a_cut_off_and_not_for_a_few_inactive_dimensions(commands,
 
     monkeypatch.setattr(runs, "measured", with_ratio)
     held = [claim["held"] for claim in json.loads((run("fig4", "--iters", "9") / "fig4.json").read_text())["claims"]]
-    assert held == [False, True, True, True, True]
+    assert held == [False, True, True, True, True, True]
     ratio[1] = ratio[4] = 1.0
     held = [claim["held"] for claim in json.loads((run("fig4", "--iters", "9") / "fig4.json").read_text())["claims"]]
-    assert held == [False, False, False, None, None]
+    assert held == [False, False, False, None, None, True]
+
+
+def test_how_many_dimensions_hold_most_of_the_kl():
+    assert latents.holding([1.0, 5.0, 3.0, 1.0]) == 3  # 5 + 3 of 10 are not yet nine tenths
+    assert latents.holding([2.0] * 5) == 5 and latents.holding([7.0, 0.0, 0.1]) == 1
 
 
 def test_a_run_that_fails_is_left_out_and_named_at_the_end(commands, monkeypatch):

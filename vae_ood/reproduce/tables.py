@@ -26,7 +26,7 @@ def table1(args):
     """FashionMNIST against MNIST, alpha = 1, by kappa."""
     table = runs.run_columns([Run("fashionmnist", 1, kappa, recipe=args.recipe) for kappa in KAPPAS], args)
     write("table1", "Table 1: FashionMNIST (inliers) and MNIST, alpha = 1, by kappa", "kappa", table,
-          [above(table, "mnist", "kappa"), falls(table)], args)
+          [above({run.kappa: results for run, results in table}, "mnist"), falls(table)], args)
     draw("table1", "FashionMNIST", "kappa", table, args)
 
 
@@ -139,13 +139,13 @@ def judged(held, reached, wanted):
     return None if not reached or (held and reached < wanted) else held
 
 
-def above(table, outlier, by):
-    """The check that the outliers' mean bpd is above the inlier test bpd in every column; `by` is what a column is
-    named by."""
-    gaps = [(getattr(run, by), min(gap(m, outlier) for m in results)) for run, results in table if results]
+def above(columns, outlier):
+    """The check that the outliers' mean bpd is above the inlier test bpd in every column {name: [what each seed
+    measured]}."""
+    gaps = {name: min(gap(m, outlier) for m in results) for name, results in columns.items() if results}
     return (f"{outlier} bpd above the inlier test bpd in every column, in the worst seed",
-            judged(all(value > 0 for _, value in gaps), len(gaps), len(table)),
-            ", ".join(f"{name:g}: {value:+.3f}" for name, value in gaps))
+            judged(all(value > 0 for value in gaps.values()), len(gaps), len(columns)),
+            ", ".join(f"{name}: {value:+.3f}" for name, value in gaps.items()))
 
 
 def falls(table):
