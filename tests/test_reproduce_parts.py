@@ -32,17 +32,20 @@ def test_claims_are_judged_by_their_figures():
                                                  for t, o, g in zip(*column, strict=True)])
                 for kappa, column in zip((16, 32, 64), zip(tests, outliers, gammas, strict=True), strict=True)]
 
+    def mnist_above(table):
+        return above({run.kappa: results for run, results in table}, "mnist")[1]
+
     good = table([[6.0], [6.0], [6.0]], [[7.0], [7.0], [7.0]], [[0.3], [0.2], [0.2]])
-    assert above(good, "mnist", "kappa")[1] and falls(good)[1]
+    assert mnist_above(good) and falls(good)[1]
     bad = table([[6.0], [6.0], [6.0]], [[7.0], [5.9], [7.0]], [[0.2], [0.21], [0.1]])
-    assert above(bad, "mnist", "kappa")[1] is falls(bad)[1] is False
+    assert mnist_above(bad) is falls(bad)[1] is False
     noisy = table([[6.0, 6.0]] * 3, [[7.0, 7.0]] * 3, [[0.19, 0.21], [0.2, 0.22], [0.1, 0.1]])
     assert falls(noisy)[1]
     worst = table([[6.0, 6.0]] * 3, [[7.0, 5.9], [7.0, 7.0], [7.0, 7.0]], [[0.2, 0.2]] * 3)
-    assert above(worst, "mnist", "kappa")[1] is False
+    assert mnist_above(worst) is False
     assert falls([*good, (Run("fashionmnist", 1, 128), [])])[1] is None
-    assert above([*good, (Run("fashionmnist", 1, 128), [])], "mnist", "kappa")[1] is None
-    assert above([], "mnist", "kappa")[1] is falls(good[:1])[1] is None
+    assert mnist_above([*good, (Run("fashionmnist", 1, 128), [])]) is None
+    assert mnist_above([]) is falls(good[:1])[1] is None
 
 
 def test_capacity_is_judged_by_the_worst_seed_and_not_before_the_paper_s_steps():
