@@ -95,6 +95,8 @@ def test_the_pages_follow_from_the_kept_runs(tmp_path, monkeypatch, target, kept
     assert set(ours) == set(kept)
     for key in set(kept) - {"command"}:
         assert without_commands(ours[key]) == without_commands(kept[key])
+    ours, kept = ((folder / f"{target}.md").read_text().splitlines() for folder in (tmp_path, RESULTS / "reproduce"))
+    assert ours[:-1] == kept[:-1]  # the last line is the command's
 
 
 def without_commands(value):

@@ -5,9 +5,9 @@
     python -m vae_ood.reproduce path --runs results/paper             the paper's protocol along its steps
     python -m vae_ood.reproduce claims                                results/README.md, from the JSON files beside it
 
-Every number but those of `unknowns` comes from run.py, run as a command that the JSON file names; a run that is there
-already, under --runs, is used, and one that was interrupted goes on. --budget leaves out the runs that it does not
-reach; the same command again spends as much on what is left.
+Every number but those of `unknowns` comes from run.py or eval.py, and the JSON file names a command that repeats it; a
+run that is there already, under --runs, is used, and one that was interrupted goes on. --budget leaves out the runs
+that it does not reach; the same command again spends as much on what is left.
 
 Written to --out: NAME.md, NAME.json and NAME.png. bpd is that of 8-bit data, 3.9944 more than in the paper's
 convention. Claims are judged by the code: held, not held, or not reached where the training that they need was not run.

@@ -11,7 +11,8 @@ from vae_ood.data import PAIRS, default_root
 from vae_ood.data.official import cifar10_records
 from vae_ood.plots import markdown
 from vae_ood.reproduce import pages, runs
-from vae_ood.reproduce.compute import ORDERS, QUANTITIES, frame, order, shown, signed
+from vae_ood.reproduce.compute import CELEBA, ORDERS, QUANTITIES, SVHN, frame, order, shown, signed
+from vae_ood.reproduce.paper import BELOW
 from vae_ood.reproduce.path import DRAWN, at_step
 from vae_ood.reproduce.runs import SHAPES
 
@@ -56,16 +57,14 @@ def checks(chosen):
     when = "where validation is best, at"
     return [*(order(name, {alpha: QUANTITIES[name](m) for alpha, m in chosen.items()}, "where validation is best",
                     ITERS) for name in ORDERS),
-            signed("SVHN minus test (bpd)", chosen, (0.25, 0.5, 1), -1, when),
-            signed("SVHN minus test (bpd)", chosen, (2,), 1, when),
-            signed("CelebA minus test (bpd)", chosen, tuple(ITERS), 1, when)]
+            signed(SVHN, chosen, BELOW, -1, when), signed(CELEBA, chosen, tuple(ITERS), 1, when)]
 
 
 def draw(axes, curves, chosen):
     """Test and train bpd, and the outliers' less the test images', over the steps: a line an alpha, with a star at the
     chosen step."""
-    for one, (title, name) in zip(axes, {"test and train bpd": "test bpd", "SVHN minus test (bpd)": None,
-                                         "CelebA minus test (bpd)": None}.items(), strict=True):
+    titles = {"test and train bpd": "test bpd", SVHN: None, CELEBA: None}
+    for one, (title, name) in zip(axes, titles.items(), strict=True):
         for i, (alpha, curve) in enumerate(curves.items()):
             value, steps = QUANTITIES[name or title], [m["step"] for m in curve]
             one.plot(steps, list(map(value, curve)), "o-", color=f"C{i}", markersize=4, label=f"$\\alpha$ = {alpha:g}")

@@ -21,6 +21,7 @@ KEPT = tuple(range(5_000, ITERS + 1, 5_000))
 READ = "compute", "table2", "path", "early"  # the targets whose JSON files are read
 SETTLED = 7.0  # bpd of training images, above which gamma is still on its way down
 NEAR = 0.03  # bpd
+OUTLIERS = {"svhn": "SVHN", "celeba": "CelebA"}
 WHOLE = 50_000  # the paper's training images; 45,000, without those that validate, count as as many
 
 
@@ -44,25 +45,27 @@ def seen(args):
     sizes = {}
     for m in every:
         sizes.setdefault(trained_on(m), []).append(m)
-    columns = {alpha: {one: column[one] + OFFSET for one in ("train", "test", "svhn")}
+    columns = {alpha: {one: column[one] + OFFSET for one in ("train", "test", *OUTLIERS)}
                for alpha, column in PAPER["table2"].items()}
-    svhn = {alpha: {size: at(sizes[size], column["train"]) for size in sorted(sizes, reverse=True)}
-            for alpha, column in columns.items()}
+    ours = {one: {alpha: {size: at(sizes[size], column["train"], one) for size in sorted(sizes, reverse=True)}
+                  for alpha, column in columns.items()} for one in OUTLIERS}
     lowest = {alpha: min((m["sets"]["test"]["bpd"] for m in every if m["alpha"] == alpha), default=None)
               for alpha in columns}
-    rows = [[f"{alpha:g}", *(f"{value:.3f}" for value in column.values()), *map(told, svhn[alpha].values()),
-             told(lowest[alpha])] for alpha, column in columns.items()]
+    rows = [[f"{alpha:g}", told(column["train"]), told(column["test"]), *(
+        told(value) for one in OUTLIERS for value in (column[one], *ours[one][alpha].values())), told(lowest[alpha])]
+        for alpha, column in columns.items()]
+    of_sizes = [f"ours, {words(size)} images" for size in sorted(sizes, reverse=True)]
     pages.save(
         "seen", "Outliers beside images that were trained on: CIFAR-10, kappa = 32",
-        {"few": few, "svhn_at_the_papers_training_bpd": svhn, "lowest_test_bpd": lowest, "compared": len(every)},
-        ["A row is a column of the paper's Table 2. Our SVHN: its bpd where our training images take as many bits as "
-         "the paper's, between the two nearest measurements with so many training images, whatever their alpha and "
-         "their steps. Our lowest test: of all measurements at that alpha. Measurements: those of "
+        {"few": few, "at_the_papers_training_bpd": ours, "lowest_test_bpd": lowest, "compared": len(every)},
+        ["A row is a column of the paper's Table 2. Ours, of SVHN and CelebA: the bpd where our training images take "
+         "as many bits as the paper's, between the two nearest measurements with so many training images, whatever "
+         "their alpha and their steps. Our lowest test: of all measurements at that alpha. Measurements: those of "
          f"{', '.join(READ)} where gamma has come down (training bpd below {SETTLED:g}), and some along a training at "
          f"alpha = 1 on the first {FEW:,} images alone. bpd: of 8-bit data, from the negative ELBO.", "",
-         *markdown(["alpha", "the paper's train", "test", "SVHN", *(
-             f"our SVHN, {words(size)} images" for size in sorted(sizes, reverse=True)), "our lowest test"], rows)],
-        checks(columns, svhn, lowest), every, args)
+         *markdown(["alpha", "the paper's train", "test", *(
+             head for name in OUTLIERS.values() for head in (name, *of_sizes)), "our lowest test"], rows)],
+        checks(columns, ours, lowest), every, args)
     if every:
         pages.figure("seen", args, 1, 2, lambda axes: draw(axes[0], sizes, columns))
 
@@ -84,22 +87,22 @@ def told(value):
     return "not reached" if value is None else f"{value:.3f}"
 
 
-def at(every, train):
-    """SVHN's bpd where the training images take `train`, between the two nearest of the runs, which are sorted by it;
-    None beyond them."""
+def at(every, train, one):
+    """The bpd of one of the OUTLIERS where the training images take `train`, between the two nearest of the runs, which
+    are sorted by it; None beyond them."""
     x = [m["sets"]["train"]["bpd"] for m in every]
-    return float(np.interp(train, x, [m["sets"]["svhn"]["bpd"] for m in every])) if x[0] <= train <= x[-1] else None
+    return float(np.interp(train, x, [m["sets"][one]["bpd"] for m in every])) if x[0] <= train <= x[-1] else None
 
 
-def checks(columns, svhn, lowest):
-    """[(claim, whether it held, figures)] of the paper's columns {alpha: {set: bpd}}, SVHN's bpd at the same training
-    bpd {alpha: {size: bpd}}, of which the paper's size is judged, and the lowest test bpd {alpha: bpd}."""
+def checks(columns, ours, lowest):
+    """[(claim, whether it held, figures)] of the paper's columns {alpha: {set: bpd}}, the bpd at the same training bpd
+    {set: {alpha: {size: bpd}}}, of which the paper's size is judged, and the lowest test bpd {alpha: bpd}."""
     found = []
-    for what, one, ours in (
-            (f"at the paper's training bpd, with {words(WHOLE)} images, SVHN's bpd is", "svhn",
-             {alpha: of.get(WHOLE) for alpha, of in svhn.items()}),
+    for what, one, values in (
+            *((f"{OUTLIERS[one]}'s bpd at the paper's training bpd, with {words(WHOLE)} images, is", one,
+               {alpha: sizes.get(WHOLE) for alpha, sizes in of.items()}) for one, of in ours.items()),
             ("our lowest test bpd at each alpha is", "test", lowest)):
-        off = {alpha: value - columns[alpha][one] for alpha, value in ours.items() if value is not None}
+        off = {alpha: value - columns[alpha][one] for alpha, value in values.items() if value is not None}
         found.append((f"{what} within {NEAR} of the paper's",
                       judged(all(abs(value) <= NEAR for value in off.values()), len(off), len(columns)),
                       ", ".join(f"{alpha:g}: {value:+.3f}" for alpha, value in off.items())))
