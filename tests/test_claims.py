@@ -3,12 +3,15 @@
 import json
 import shutil
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 
 from tests.conftest import ROOT
 from vae_ood.reproduce import claims, latents, pages, runs
 from vae_ood.reproduce.__main__ import main
+from vae_ood.reproduce.paper import ABOVE, BELOW, OFFSET, PAPER
+from vae_ood.reproduce.tables import gap
 
 RESULTS = ROOT / "results"
 
@@ -134,3 +137,68 @@ def test_the_other_verdicts_follow_from_the_kept_figures(tmp_path, monkeypatch, 
     main()
     ours = json.loads((tmp_path / f"{target}.json").read_text())
     assert {key: ours[key] for key in ours if key != "command"} == {key: kept[key] for key in kept if key != "command"}
+
+
+def of(target):
+    """The JSON file of a target."""
+    return json.loads((RESULTS / f"reproduce/{target}.json").read_text())
+
+
+def over(values, form):
+    """The range of values, as the pages write it."""
+    return f"{min(values):{form}} to {max(values):{form}}"
+
+
+def ends():
+    """{alpha: what `path` measured at the last step}."""
+    return {m["alpha"]: m for m in sorted(of("path")["runs"], key=lambda m: m["step"])}
+
+
+def largest_kappa():
+    """What `fig4` measured at the largest kappa."""
+    return max((m for column in of("fig4")["columns"] for m in column["runs"]), key=lambda m: m["kappa"])
+
+
+def test_the_texts_quote_the_figures():
+    path, early, seen, fig4 = ends(), of("early"), of("seen"), largest_kappa()
+    chosen = [gap(m, "svhn") for alpha, step in early["chosen"].items() for m in early["runs"]
+              if m["alpha"] == float(alpha) and m["step"] == step]
+    fast = next(column["runs"] for column in of("table2")["columns"] if column["label"] == 0.25)
+    tests = mean(m["sets"]["test"]["bpd"] for m in fast), path[0.25]["sets"]["test"]["bpd"]
+    peaks = [m["gradient"]["largest"] for m in of("homotopy")["arms"]["fixed"]]
+    varied = [-gap(m, "svhn") for m in of("unknowns")["runs"].values()]
+    gaps = {alpha: f"{gap(m, 'test', 'train'):.2f}" for alpha, m in path.items()}
+    learned = seen["at_the_papers_training_bpd"]["svhn"]["2"]["10000"] - PAPER["table2"][2]["svhn"] - OFFSET
+    for target, texts in {
+        "path": [f"ends {gaps[0.25]} and {gaps[0.5]} above the training bpd (alpha = 1: {gaps[1]})",
+                 f"alpha = 1 was trained for {path[1]['step']:,}",
+                 f"test bpd {tests[0]:.3f} and {tests[1]:.3f}",
+                 f"SVHN minus test {mean(gap(m, 'svhn') for m in fast):.3f} and {gap(path[0.25], 'svhn'):.3f}"],
+        "early": [f"SVHN lies {', '.join(f'{-value:.2f}' for value in chosen[:-1])} and {-chosen[-1]:.2f} bpd below",
+                  f"overfits from {early['chosen']['1']:,} on", f"to its last, {early['chosen']['2']:,}"],
+        "seen": [f"{learned:.2f} above at the paper's alpha = 2",
+                 f"rises to {max(gap(m, 'svhn', 'train') for m in seen['few']):.1f} bpd above",
+                 f"falls to {-min(gap(m, 'svhn') for m in seen['few']):.1f} below"],
+        "unknowns": [f"{over(varied, '.2f')} bpd below"],
+        "fig4": [f"{fig4['active_dims']} stay above 0.05", f"MNIST takes {gap(fig4, 'mnist'):.2f} bpd"],
+        "homotopy": [f"peaks at {round(min(peaks), -1):.0f} to {round(max(peaks), -1):.0f}"],
+    }.items():
+        for text in texts:
+            assert text in claims.MEANING[f"reproduce/{target}"], text
+
+
+def test_the_front_page_quotes_the_figures_of_the_paper_s_claims():
+    readme, path, fig4, compute = (ROOT / "README.md").read_text(), ends(), largest_kappa(), of("compute")["runs"]
+    last = {m["alpha"]: max(one["iters"] for one in compute if one["alpha"] == m["alpha"]) for m in compute}
+    auroc = {name: {alpha: mean(m["detection"][name]["auroc"] for m in compute
+                                if (m["alpha"], m["iters"]) == (alpha, iters))
+                    for alpha, iters in last.items()} for name in ("svhn", "celeba")}
+    table1 = [m["detection"]["mnist"]["auroc"] for column in of("table1")["columns"] for m in column["runs"]]
+    for text in (
+            f"AUROC {over(table1, '.4f')} over six", f"AUROC {fig4['detection']['mnist']['auroc']:.4f} at κ = 512",
+            f"| AUROC {over([auroc['svhn'][alpha] for alpha in BELOW], '.3f')} for",
+            f"| AUROC {over(auroc['celeba'].values(), '.3f')} |",
+            f"| AUROC {over([auroc['svhn'][alpha] for alpha in ABOVE], '.3f')} after",
+            f"{gap(path[0.25], 'test', 'train'):.2f} and {gap(path[0.5], 'test', 'train'):.2f} bpd more",
+            f"{fig4['active_dims']} of 512 stay active"):
+        assert text in readme, text
