@@ -16,6 +16,11 @@ from vae_ood.reproduce.tables import gap
 RESULTS = ROOT / "results"
 
 
+def of(target):
+    """The JSON file of a target."""
+    return json.loads((RESULTS / f"reproduce/{target}.json").read_text())
+
+
 def test_the_page_says_what_the_json_files_say():
     assert (RESULTS / "README.md").read_text() == claims.page(RESULTS), "run python -m vae_ood.reproduce claims"
 
@@ -30,7 +35,7 @@ def test_every_claim_of_the_design_is_on_the_page():
 
 def test_every_check_of_p2_is_in_one_verdict():
     words = [word for _, name, word, _ in claims.CLAIMS if name == "reproduce/compute"]
-    for check in json.loads((RESULTS / "reproduce/compute.json").read_text())["claims"]:
+    for check in of("compute")["claims"]:
         assert sum(check["claim"].startswith(word) for word in words) == 1, check["claim"]
 
 
@@ -111,7 +116,7 @@ def without_commands(value):
 
 
 def test_homotopy_s_verdicts_follow_from_the_kept_figures(tmp_path, monkeypatch):
-    kept = json.loads((RESULTS / "reproduce/homotopy.json").read_text())
+    kept = of("homotopy")
 
     def one(run, args):
         return next(m for m in kept["arms"][run.gamma] if m["seed"] == run.seed)
@@ -132,11 +137,6 @@ def test_homotopy_s_verdicts_follow_from_the_kept_figures(tmp_path, monkeypatch)
     main()
     ours = json.loads((tmp_path / "homotopy.json").read_text())
     assert {key: ours[key] for key in ours if key != "command"} == {key: kept[key] for key in kept if key != "command"}
-
-
-def of(target):
-    """The JSON file of a target."""
-    return json.loads((RESULTS / f"reproduce/{target}.json").read_text())
 
 
 def over(values, form):

@@ -66,7 +66,7 @@ def checks(curves):
     """[(claim, whether it held, figures)] of {alpha: [what each kept step measured]}. One that fails at some alpha
     fails; one that holds is not reached until all of the alphas that it names are, or all of the paper's."""
     last = {alpha: curve[-1] for alpha, curve in curves.items() if curve[-1]["step"] == STEPS["paper"]}
-    gaps = {alpha: gap(m, "test", "train") for alpha, m in sorted(last.items())}
+    gaps = {alpha: QUANTITIES["test minus train (bpd)"](m) for alpha, m in sorted(last.items())}
     found = [signed(name, last, alphas, sign, "after 200,000 steps at") for name, alphas, sign in (
         (SVHN, BELOW, -1), (SVHN, ABOVE, 1), (CELEBA, ALPHAS, 1))]
     found.append((f"test bpd is within {NO_GAP} of the training bpd after 200,000 steps",

@@ -45,16 +45,17 @@ def seen(args):
     sizes = {}
     for m in every:
         sizes.setdefault(trained_on(m), []).append(m)
+    sizes = dict(sorted(sizes.items(), reverse=True))
     columns = {alpha: {one: column[one] + OFFSET for one in ("train", "test", *OUTLIERS)}
                for alpha, column in PAPER["table2"].items()}
-    ours = {one: {alpha: {size: at(sizes[size], column["train"], one) for size in sorted(sizes, reverse=True)}
+    ours = {one: {alpha: {size: at(of_size, column["train"], one) for size, of_size in sizes.items()}
                   for alpha, column in columns.items()} for one in OUTLIERS}
     lowest = {alpha: min((m["sets"]["test"]["bpd"] for m in every if m["alpha"] == alpha), default=None)
               for alpha in columns}
     rows = [[f"{alpha:g}", told(column["train"]), told(column["test"]), *(
         told(value) for one in OUTLIERS for value in (column[one], *ours[one][alpha].values())), told(lowest[alpha])]
         for alpha, column in columns.items()]
-    of_sizes = [f"ours, {words(size)} images" for size in sorted(sizes, reverse=True)]
+    heads = [f"ours, {words(size)} images" for size in sizes]
     pages.save(
         "seen", "Outliers beside images that were trained on: CIFAR-10, kappa = 32",
         {"few": few, "at_the_papers_training_bpd": ours, "lowest_test_bpd": lowest, "compared": len(every)},
@@ -64,7 +65,7 @@ def seen(args):
          f"{', '.join(READ)} where gamma has come down (training bpd below {SETTLED:g}), and some along a training at "
          f"alpha = 1 on the first {FEW:,} images alone. bpd: of 8-bit data, from the negative ELBO.", "",
          *markdown(["alpha", "the paper's train", "test", *(
-             head for name in OUTLIERS.values() for head in (name, *of_sizes)), "our lowest test"], rows)],
+             head for name in OUTLIERS.values() for head in (name, *heads)), "our lowest test"], rows)],
         checks(columns, ours, lowest), every, args)
     if every:
         pages.figure("seen", args, 1, 2, lambda axes: draw(axes[0], sizes, columns))
@@ -113,7 +114,7 @@ def draw(axes, sizes, columns):
     """bpd of SVHN and of the test images, and SVHN's less that of the training images or of the test images, by the
     training bpd: a dot a run, a cross a column of the paper's."""
     left, right = axes
-    for (size, every), marker in zip(sorted(sizes.items(), reverse=True), "osD", strict=False):
+    for (size, every), marker in zip(sizes.items(), "osD", strict=False):
         x = [m["sets"]["train"]["bpd"] for m in every]
         for one, color in (("svhn", "C0"), ("test", "C1")):
             left.plot(x, [m["sets"][one]["bpd"] for m in every], marker, color=color, markersize=4, alpha=0.7)
