@@ -233,8 +233,8 @@ MEANING = {  # of each experiment, in three sentences
     "says. Fixed, it starts at 9 to 10, where the paper has it huge from the start, and peaks at 650 to 990 within 800 "
     "steps. The reconstruction errors end some 6% apart, where the paper's nearly agree.",
     "reproduce/select": "The gap between training and test NLL is significant at each alpha tried (up to 1) "
-    "after 10,000 steps, so the rule finds none to choose. Where it does choose, at 2,500 steps, its alpha is not one that repairs "
-    "SVHN, because none does. The paper proposes the rule without figures.",
+    "after 10,000 steps, so the rule finds none to choose. Where it does choose, at 2,500 steps, its alpha is not one "
+    "that repairs SVHN, because none does. The paper proposes the rule without figures.",
 }
 
 
