@@ -18,7 +18,7 @@ from vae_ood.reproduce.tables import gap, judged
 
 FEW, ITERS = 10_000, 40_000  # a training set that is small enough to be learned by heart, and its steps
 KEPT = tuple(range(5_000, ITERS + 1, 5_000))
-READ = "compute", "table2", "path", "early"  # the targets whose JSON files are read
+READ = "compute", "path", "early"  # the targets whose JSON files are read
 SETTLED = 7.0  # bpd of training images, above which gamma is still on its way down
 NEAR = 0.03  # bpd
 OUTLIERS = {"svhn": "SVHN", "celeba": "CelebA"}
