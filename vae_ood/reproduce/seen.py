@@ -36,10 +36,10 @@ def seen(args):
     found = list(few)
     for name in READ:
         file = Path(args.out, f"{name}.json")
-        if not file.exists():
+        if file.exists():
+            found += json.loads(file.read_text())["runs"]
+        else:
             print(f"without {file}: python -m vae_ood.reproduce {name} writes it")
-        numbers = json.loads(file.read_text()) if file.exists() else {"runs": []}
-        found += numbers.get("runs", [m for column in numbers.get("columns", ()) for m in column["runs"]])
     every = sorted((m for m in found if m["sets"]["train"]["bpd"] < SETTLED),
                    key=lambda m: m["sets"]["train"]["bpd"])
     sizes = {}
