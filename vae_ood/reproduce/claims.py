@@ -88,8 +88,8 @@ def p2_path(name):
         ours, paper = (", ".join(f"{value:{digits}} at alpha = {alpha:g}" for alpha, value in sorted(one.items()))
                        for one in ({alpha: QUANTITIES[name](m) for alpha, m in last.items()},
                                    {alpha: THEIRS[name](PAPER["table2"][alpha]) for alpha in last}))
-        steps = (f"{last[alpha]['step']:,}" for alpha in sorted(last))
-        return ours, paper, f"{', '.join(steps)} steps, 1 seed"
+        steps = [f"{last[alpha]['step']:,}" for alpha in sorted(last)]
+        return ours, paper, f"{', '.join(steps if len(set(steps)) > 1 else steps[:1])} steps, 1 seed"
     return row
 
 
