@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import ROOT
 from vae_ood.reproduce import claims, latents, pages, runs
 from vae_ood.reproduce.__main__ import main
+from vae_ood.reproduce.compute import QUANTITIES, gap_of
 from vae_ood.reproduce.paper import ABOVE, BELOW, OFFSET, PAPER
 from vae_ood.reproduce.tables import gap
 
@@ -175,8 +176,8 @@ def test_the_texts_quote_the_figures():
     two, three = (next(m for m in compute if (m["alpha"], m["iters"], m["seed"]) == (alpha, 2_500, 0))
                   for alpha in (2, 3))
     seeds = [[m for m in compute if (m["alpha"], m["iters"]) == (alpha, 10_000)] for alpha in BELOW]
-    gammas, bpds = ([[figure(m) for m in of_alpha] for of_alpha in seeds] for figure in (
-        lambda m: m["gamma"], lambda m: m["sets"]["test"]["bpd"]))
+    gammas, bpds = ([[QUANTITIES[name](m) for m in of_alpha] for of_alpha in seeds] for name in ("gamma", "test bpd"))
+    assert [[gap_of(m)["significant"] for m in of_alpha] for of_alpha in seeds[:2]] == [[False] * 3, [True] * 3]
     ratios, apart = [max(g) / min(g) - 1 for g in gammas], [max(b) - min(b) for b in bpds]
     short = [path[1]["sets"][one]["bpd"] - PAPER["table2"][1][one] - OFFSET for one in ("train", "svhn")]
     marginal = [row["z"] for row in of("select")["rows"]["2500"] if row["alpha"] >= 2]

@@ -59,10 +59,15 @@ def p1_path(numbers):
             trained(runs))
 
 
+def digits_of(name):
+    """The format of one of the QUANTITIES in a row."""
+    return ".4f" if name == "gamma" else "+.3f" if "minus" in name else ".3f"
+
+
 def p2(name, alphas):
     """The same of one of the QUANTITIES, at the smallest and the largest alpha of the number of steps that the most of
     these alphas were trained for."""
-    digits = ".4f" if name == "gamma" else "+.3f" if "minus" in name else ".3f"
+    digits = digits_of(name)
 
     def row(numbers):
         there = [run for run in numbers["runs"] if run["alpha"] in alphas]
@@ -82,9 +87,10 @@ def p2(name, alphas):
 
 def p2_path(name):
     """The same of one of the QUANTITIES at the last step that was kept of each alpha, under the paper's protocol."""
+    digits = digits_of(name)
+
     def row(numbers):
         last = {m["alpha"]: m for m in sorted(numbers["runs"], key=lambda m: m["step"]) if m["step"] >= ENOUGH}
-        digits = "+.3f" if "minus" in name else ".3f"
         ours, paper = (", ".join(f"{value:{digits}} at alpha = {alpha:g}" for alpha, value in sorted(one.items()))
                        for one in ({alpha: QUANTITIES[name](m) for alpha, m in last.items()},
                                    {alpha: THEIRS[name](PAPER["table2"][alpha]) for alpha in last}))
@@ -95,7 +101,7 @@ def p2_path(name):
 
 def p2_early(name):
     """The same of one of the QUANTITIES where validation is best, at each alpha."""
-    digits = ".4f" if name == "gamma" else "+.3f"
+    digits = digits_of(name)
 
     def row(numbers):
         chosen = [next(m for m in numbers["runs"] if f"{m['alpha']:g}" == alpha and m["step"] == step)
